@@ -1,8 +1,8 @@
-"""Training beside a harvest, on a store of which a part at a time is on the disk (`store.care.ring`).
+"""Training beside a harvest, on a store that is on the disk one part at a time (`store.care.ring`).
 
-How: the stream of batches goes through the store part by part. Before a part is read, its shards must be there; when a
-step has used the last row of one, the runs are saved, and then the harvest is told that it may remove the part. So
-whatever is killed, the last checkpoint finds the rows that come next.
+The stream of batches goes through the store part by part. A part is read once all its shards are there; when a step has
+used its last row, the runs are saved, and then the harvest is told that it may remove the part. So whatever is killed,
+the rows that the last checkpoint needs next are still there.
 """
 
 import sys
@@ -23,7 +23,7 @@ _PARTS = 32
 
 
 def wait_for_store(path: Path) -> None:
-    """Until a harvest has begun one there; `UsageError` where it cannot."""
+    """Wait until a harvest has begun a store there; `UsageError` if it cannot."""
     if path.is_file():
         raise UsageError(f"--store {path}: should be the folder of a store, found a file")
     if not is_store(path):
@@ -33,29 +33,29 @@ def wait_for_store(path: Path) -> None:
 
 
 class Follower:
-    """What a training tells the harvest that it follows, and waits for."""
+    """The training's side of following a harvest: waiting for parts, and telling which are used."""
 
     def __init__(self, store: ActivationStore, name: str, n_layers: int) -> None:
-        """name: what other trainings of this store are not called. n_layers: in each batch."""
+        """name: unique among the trainings of this store. n_layers: layers in each batch."""
         assert store.ring is not None
         self._store, self._name, self._n_layers = store, name, n_layers
         self._readers = Readers(store.path, store.ring)
         self._parts = store.ring.parts(store.meta.n_shards)
         self.part_of = store.ring.part_of(store.meta.n_shards)
-        """int64 [shards]: the part of each."""
+        """int64 [shards]: the part that each belongs to."""
         self._moments = lru_cache(_PARTS)(lambda part: store.moments.of_part(part))
         self.stopped: Callable[[], bool] = lambda: False
         self._used, self._told, self._read, self._missing = 0, False, 0, set[int]()
 
     def require_once(self, epochs: int, processes: int) -> None:
-        """`UsageError` where rows would be needed twice, or by several processes."""
+        """Raise `UsageError` if rows would be needed twice, or by several processes."""
         if epochs > 1 or processes > 1:
             what = "is filled and removed part by part, so each token is trained on once, by one process"
             raise UsageError(f"{self._store.path} {what}: lower --steps or --epochs, and leave --n-procs out")
 
     def expect(self, row_ends: np.ndarray, batch_size: int, step: int) -> None:
-        """What the training, which goes on at `step`, needs. row_ends: int64 [parts], rows of the stream served when
-        each part is done. Raises where it comes too late, or parts are too small."""
+        """Set what a training that continues at `step` needs. row_ends: int64 [parts], rows of the stream served by
+        each part's end. Raises if the training comes too late, or a part is smaller than a batch."""
         self._row_ends, self._batch_size = row_ends, batch_size
         if np.diff(self._row_ends, prepend=0).min() < self._batch_size:
             raise UsageError(
@@ -65,40 +65,40 @@ class Follower:
         self._readers.require(self._name, self._used)
 
     def begin(self, stopped: Callable[[], bool]) -> None:
-        """Let the harvest know of this training, before anything is read. stopped: whether waiting should end."""
+        """Tell the harvest of this training, before anything is read. stopped: whether waiting should end."""
         self.stopped = stopped
         self._readers.register(self._name, self._used)
 
     def parts_used(self, step: int) -> int:
-        """Parts of which the first `step` batches have used all rows."""
+        """How many parts the first `step` batches have used up."""
         return int(np.searchsorted(self._row_ends, step * self._batch_size, side="right"))
 
     def is_due(self, step: int) -> bool:
-        """Whether a part has been used since the last one that was told of."""
+        """Whether a part has been used up since the harvest was last told."""
         return self.parts_used(step) > self._used
 
     def publish(self, step: int) -> None:
-        """Tell the harvest what is used; `step` is on the disk."""
+        """Tell the harvest which parts are used up; the checkpoint of `step` must be on the disk."""
         self._used = self.parts_used(step)
         self._readers.publish(self._name, self._used)
 
     def mixing(self, step: int) -> dict[str, float | None]:
         """For the metrics: the design effect of batches (`store.care.ring`), from the last parts that the first `step`
-        have used; None of fewer than two."""
+        batches have used up; None if fewer than two."""
         parts = [self._moments(part) for part in range(self.parts_used(step))[-_PARTS:]]
         return {"design_effect": design_effect(parts, self._batch_size / self._n_layers) if parts[1:] else None}
 
     def end(self) -> None:
-        """Tell the harvest that nothing more is needed, be the run shorter than the store."""
+        """Tell the harvest that nothing more is needed, even if the run is shorter than the store."""
         self._readers.publish(self._name, len(self._parts))
 
     def ready(self, part: int) -> bool:
-        """Whether all shards of a part are there; raises `Interrupted` where the wait should end."""
+        """Whether all shards of a part are there; raises `Interrupted` if the wait should end."""
         if self.stopped():
             raise Interrupted("stopped")
         file = self._store.path / FILE
         size = file.stat().st_size if file.exists() else -1
-        if size != self._read:  # It may be long, so it is read only when it has grown.
+        if size != self._read:  # The manifest may be long, so it is read only when it has grown.
             self._store.refresh()
             self._read, self._missing = size, set(self._store.missing_shards())
         if self._missing.isdisjoint(self._parts[part].tolist()):

@@ -1,11 +1,11 @@
 """How the processes of a training start, find each other, and end together.
 
 `torchrun` starts them, or `train --n-procs N` does: this process is the first, and starts the others with the same
-words. They meet as torchrun's do, at a store of torch.distributed whose address is in the environment. gloo connects
-them on CPUs, nccl between GPUs.
+command line. As under torchrun, they meet at a store of torch.distributed whose address is in the environment. gloo
+connects them on CPUs, nccl between GPUs.
 
-The first one alone speaks. What ends another is told to it through the store: a fault is one line. Where a process is
-killed its connections close, and every other one fails in its next sum, and ends.
+Only the first prints. Another that fails tells it why through the store, so that a failure is one line. If a process is
+killed, its connections close, and every other one fails in its next sum and ends.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from train.parallel.ranks import Ranks
 
 _GRACE = 20.0
-"""Seconds in which the others end by themselves once the first has."""
+"""Seconds that the others have to end by themselves once the first has ended."""
 
 
 def _started(name: str) -> int:
-    """A number that torchrun, or the first process, gave this one; 0 where nobody did."""
+    """A number that torchrun or the first process put in the environment; 0 if neither did."""
     found = os.environ.get(name) or "0"
     if not found.isdecimal():
         raise UsageError(f"{name} is {found!r} in the environment: should be a number, as torchrun sets it; unset it")
@@ -38,7 +38,7 @@ def _started(name: str) -> int:
 
 @contextlib.contextmanager
 def joined(config: "TrainConfig", words: Sequence[str]) -> Iterator["Ranks"]:
-    """The processes that train together; words: of the command line, for those that are started here."""
+    """The processes that train together; words: the command line, for those that are started here."""
     from train.parallel.ranks import ALONE, Lost, Ranks
 
     size, n_procs, device = _started("WORLD_SIZE"), config.n_procs, config.hardware.device
@@ -52,11 +52,11 @@ def joined(config: "TrainConfig", words: Sequence[str]) -> Iterator["Ranks"]:
     import torch
     from torch.distributed.rendezvous import rendezvous
 
-    distributed: Any = torch.distributed  # whose stores are not declared
+    distributed: Any = torch.distributed  # its stores have no type stubs
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    local = _started("LOCAL_WORLD_SIZE") or (_started("LOCAL_RANK") + 1 if size > 1 else n_procs)  # or at least so many
+    local = _started("LOCAL_WORLD_SIZE") or (_started("LOCAL_RANK") + 1 if size > 1 else n_procs)  # or more
     gpus = torch.cuda.device_count()
-    if on_gpu and (":" in device or local > gpus):  # before any of this machine waits for another
+    if on_gpu and (":" in device or local > gpus):  # refuse before any process waits for another
         found = f"this machine's {local} processes each take a GPU of their own, and there are {gpus}"
         raise UsageError(f"--device {device}: {found}: start fewer, with --device cuda, or use --device cpu")
     children: list[subprocess.Popen[bytes]] = []
@@ -101,8 +101,8 @@ def _start(n: int, port: int, words: Sequence[str]) -> list[subprocess.Popen[byt
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     shared = {**os.environ, **shared, "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "PYTHONPATH": root}
     command = [sys.executable, "-m", "residscope", "train", *words]
-    each = [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(1, n)]
-    return [subprocess.Popen(command, env=own, stdin=subprocess.DEVNULL) for own in each]
+    environments = [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(1, n)]
+    return [subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL) for environment in environments]
 
 
 def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:

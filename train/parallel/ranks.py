@@ -1,13 +1,13 @@
-"""Several processes (ranks) that train the same autoencoders on shares of each batch: what they tell each other.
+"""Several processes (ranks) that train the same autoencoders on shares of each batch: how they communicate.
 
-Every sum over the rows of a batch is a sum of the ranks' own sums. Of the weights' gradients each rank gets the sums
-for its share of the latents, moves these by the optimiser, whose state it holds for them alone, and gives their new
-weights to the others. Sums are made in one order, so that a run is a function of its seed and the number of ranks.
-For dictionaries that are too large for one, ranks are a grid (`split`): those of a column share batches as above, those
-of a row see the same rows, and each has a share of the latents for good; the k largest and reconstructions are joined.
+Every sum over the rows of a batch is a sum of the ranks' own sums. Each rank receives the gradient sums for its share
+of the latents, updates these with the optimiser, whose state it holds for them only, and sends their new weights to the
+others. Sums are made in a fixed order, so that a run is a function of its seed and the number of ranks.
+For dictionaries that one process cannot hold, ranks form a grid (`split`): those of a column share batches as above,
+those of a row see the same rows, each with its share of the latents; they join the k largest and reconstructions.
 
-One process alone does nothing of this. All have to call the same methods in the same order; where one ends early, the
-others' next call raises `Lost`.
+A single process does none of this. All have to call the same methods in the same order; if one ends early, the others'
+next call raises `Lost`.
 
 Shapes: M n_latents, R ranks.
 """
@@ -30,7 +30,7 @@ _ERROR = "error"
 
 
 class Lost(ResidscopeError):
-    """Another rank has ended; its reason, where it gave one."""
+    """Another rank has ended; the message is its reason, if it gave one."""
 
 
 @final
@@ -38,16 +38,16 @@ class Ranks:
     """The processes that train together, and which of them this is."""
 
     def __init__(self, rank: int = 0, size: int = 1, *, local: int = 1, store: Any = None, group: Any = None) -> None:
-        """local: how many of them this machine has; store: torch.distributed's, through which a rank that fails tells
-        the first one why; group: torch.distributed's, of some of all."""
+        """local: how many of them run on this machine; store: of torch.distributed, through which a rank that fails
+        tells the first one why; group: of torch.distributed, if these are only some of all ranks."""
         self.rank, self.size, self.local, self._store, self._group = rank, size, local, store, group
         self.rows: Ranks = self
-        """Of all, those that share each batch with this one, and have the same latents."""
+        """The ranks that share each batch with this one and have the same latents."""
         self.latents: Ranks = ALONE if size > 1 else self
-        """Of all, those that see the same rows, and have other latents."""
+        """The ranks that see the same rows as this one and have other latents."""
 
     def split(self, latents: int, device: str) -> None:
-        """Let so many ranks share the latents, and the others rows; raises `UsageError` where they are no grid."""
+        """Make a grid in which `latents` ranks at a time divide the latents; raises `UsageError` if none fits."""
         if latents == 1:
             return
         if self.size % latents:
@@ -66,11 +66,11 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that speaks and writes."""
+        """Whether this is the rank that prints and writes."""
         return self.rank == 0
 
     def share_of_cores(self) -> int | None:
-        """Threads for this process; None of one alone: as many as torch chooses."""
+        """Threads for this process; None for a single process: as many as torch chooses."""
         return None if self.size == 1 else max(1, n_cores() // self.local)
 
     def sum_(self, *tensors: Tensor) -> None:
@@ -79,14 +79,14 @@ class Ranks:
             self._do("all_reduce", tensor)
 
     def any_(self, mask: Tensor) -> None:
-        """Make `mask` (bool) true wherever it is on any rank."""
+        """Make `mask` (bool) true wherever it is true on any rank."""
         if self.size > 1:
             from torch.distributed import ReduceOp
 
             self._do("all_reduce", mask.view(torch.uint8), op=ReduceOp.MAX)
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank. Nobody goes on before all have asked."""
+        """Whether `flag` is set on any rank. No rank continues before all have called this."""
         mask = torch.tensor([flag])
         self.any_(mask)
         return bool(mask)
@@ -103,12 +103,12 @@ class Ranks:
             self._do("broadcast", tensor, group_src=0)
 
     def own(self, m: int, rank: int | None = None) -> slice:
-        """This rank's share of M latents, or another's; the last one has what remains."""
+        """This rank's share of M latents, or another's; the last rank's includes the remainder."""
         share, rank = m // self.size, self.rank if rank is None else rank
         return slice(rank * share, m if rank == self.size - 1 else (rank + 1) * share)
 
     def sum_rows_(self, tensor: Tensor) -> Tensor:
-        """This rank's rows of `tensor` [M, ...], summed over ranks, in its memory; the others are left as they are."""
+        """This rank's rows of `tensor` [M, ...], summed over ranks in place; the other rows are left as they are."""
         rows = [tensor[self.own(len(tensor), rank)] for rank in range(self.size)]
         parts = [torch.empty_like(rows[self.rank]) for _ in range(self.size - 1)]
         self._exchange(rows, parts)
@@ -117,14 +117,14 @@ class Ranks:
         return rows[self.rank]
 
     def share_rows_(self, *tensors: Tensor) -> None:
-        """Give all rows of each of `tensors` [M, ...] what the rank has to which they belong."""
+        """Copy each rank's own rows of each of `tensors` [M, ...] to all other ranks."""
         for tensor in tensors:
             rows = [tensor[self.own(len(tensor), rank)] for rank in range(self.size)]
             self._exchange([rows[self.rank]] * self.size, rows[: self.rank] + rows[self.rank + 1 :])
 
     def _exchange(self, given: list[Tensor], received: list[Tensor]) -> None:
-        """Send each other rank its one of `given` [R], and fill `received` [R - 1] with what they send. All pairs at
-        once: gloo's reduce_scatter sends twice the bytes that are needed."""
+        """Send each other rank its entry of `given` [R], and fill `received` [R - 1] with what they send. All pairs at
+        once: gloo's reduce_scatter would send twice the bytes."""
         if self.size == 1:
             return
         from torch.distributed import P2POp, batch_isend_irecv, irecv, isend
@@ -137,8 +137,8 @@ class Ranks:
                 work.wait()
 
     def pieces(self, own: Tensor, m: int, *, moved: bool = False) -> Tensor | Pieces:
-        """A tensor [M, ...] for the first rank to write, of which every rank has its share of the latents, or of that
-        (`moved`) what it moves; to be asked for by all ranks, of which the others send theirs."""
+        """A tensor [M, ...] for the first rank to write, of which each rank has its share of the latents, or with
+        `moved` the part of that share that it updates. All ranks must call this; the others send theirs."""
         if self.size == 1:
             return own
         return Pieces((m, *own.shape[1:]), own.dtype, partial(self._parts, own, m, moved))
@@ -168,13 +168,13 @@ class Ranks:
     def _heard(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # what gloo and nccl raise where a connection ends
+        except RuntimeError as error:  # gloo and nccl raise this when a connection ends
             raise self._lost() from error
 
     def tell(self, words: str, exit_code: int) -> None:
         """Tell the first rank why this one ends."""
         if not self.first:
-            with contextlib.suppress(RuntimeError):  # which may have ended before
+            with contextlib.suppress(RuntimeError):  # the first rank may have ended before
                 self._store.set(_ERROR, json.dumps([words, exit_code]))
 
     def _lost(self) -> Lost:

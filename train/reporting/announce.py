@@ -1,4 +1,4 @@
-"""What a training says on stderr while it runs: what will be done and what it takes, the progress bar and its words."""
+"""What a training prints on stderr while it runs: what it will do and need, warnings, and the progress bar."""
 
 import math
 import sys
@@ -18,19 +18,19 @@ from train.validation import Validation
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal, on stderr."""
+    """Print a line for the user on stderr."""
     print(f"train: {text}", file=sys.stderr, flush=True)
 
 
 def warn(warnings: Iterable[str]) -> None:
-    """Say each of them, but for "" (none); what several runs give, once."""
+    """Print each warning once, however many runs gave it; skip "" (none)."""
     for warning in sorted(filter(None, {*warnings})):
         say(f"warning: {warning}")
 
 
 def tell_plans(plans: Sequence[RunPlan], n_runs: int, memory: MemoryEstimate | None) -> None:
-    """Say once what will run, on what, and how much memory it takes; `plans` are those left of the `n_runs` in all."""
-    plan = plans[0]  # of which only what all plans share is used here
+    """Say what will run, on what, and how much memory it takes; `plans`: those of the `n_runs` that are left."""
+    plan = plans[0]  # used only for what all plans share
     many = "" if n_runs == 1 else f"{len(plans)} of {counted(n_runs, 'run')} to do in one pass: "
     n_latents, k = (spread([n for p in plans if (n := getattr(p.model, name))]) for name in ("n_latents", "active"))
     limit = "" if k == "-" else f"k {k}, "
@@ -50,7 +50,7 @@ def tell_plans(plans: Sequence[RunPlan], n_runs: int, memory: MemoryEstimate | N
 
 
 def refuse_too_large(memory: MemoryEstimate, device: torch.device, n_runs: int) -> None:
-    """Raise `ResidscopeError` where the machine or the device has less memory than a training takes."""
+    """Raise `ResidscopeError` if the machine or the device has less free memory than the training needs."""
     way_out = "lower --n-latents or --expansion-factor, --batch-size, --tile-mb or --window-gb"
     if n_runs > 1:
         way_out += ", or do fewer runs at once"
@@ -69,13 +69,13 @@ def refuse_too_large(memory: MemoryEstimate, device: torch.device, n_runs: int) 
 
 
 def progress_bar(step: int, steps: int) -> tqdm:
-    """On a terminal a bar, elsewhere nothing: a log gets a line at each validation instead."""
+    """A bar on a terminal; elsewhere none: a log gets a line at each validation instead."""
     return tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5, disable=None)
 
 
 def bar_words(lines: Sequence[Mapping], data: TrainingData, *, vectors: int, seconds: float, waited: float) -> str:
-    """What the bar says of the runs' last lines (of several, the least and the largest) and of the speed, from the
-    `vectors` streamed since the last words in `seconds`, of which `waited` for data."""
+    """The bar's text: metrics from the runs' last lines (for several runs, least to largest), and the speed, from the
+    `vectors` streamed since the last text in `seconds`, of which `waited` went to waiting for data."""
 
     def span(name: str, form: str) -> str:
         return spread([line[name] for line in lines if line[name] is not None], form)
@@ -89,7 +89,7 @@ def bar_words(lines: Sequence[Mapping], data: TrainingData, *, vectors: int, sec
 
 
 def tell_diverged(where: str, checkpoints: Sequence[Path], *, any_left: bool) -> None:
-    """Warn of runs whose loss or weights became NaN or infinite; raise `ResidscopeError` where no other is left."""
+    """Warn of runs whose loss or weights became NaN or infinite; raise `ResidscopeError` if no other is left."""
     way_out = "lower --lr, or set --clip-norm, and start again with --overwrite"
     if checkpoints and not any_left:
         raise ResidscopeError(f"{where}: diverged, the loss or a weight is NaN or infinite: {way_out}")
@@ -105,7 +105,7 @@ def tell_finished(plan: RunPlan, metrics: Mapping[str, Any]) -> None:
 
 
 def tell_validation(bar: tqdm, where: str, sample: Sequence[Validation]) -> None:
-    """The FVU on a sample, beside the bar, or as a line where there is none."""
+    """Show the FVU on a sample beside the bar, or as a line if there is no bar."""
     text = f"FVU {spread([each.fvu for each in sample], '.3f')} on {counted(sample[0].tokens, 'held-out token')}"
     bar.set_description(text, refresh=False)
     if bar.disable:

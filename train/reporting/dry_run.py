@@ -1,8 +1,8 @@
-"""`train --dry-run`: how many steps, how much memory, disk and time, from a few steps whose result is not kept.
+"""`train --dry-run`: how many steps, how much memory, disk and time, from a few steps whose result is discarded.
 
 The steps are those of the real run, on the real data, so the time is that of this machine now; nothing is written.
-Not included: AuxK, which costs nothing until latents die and then up to half a step more; a
-slower disk later. Tested in test_outputs.py.
+Not included: AuxK, which costs nothing until latents die and then up to half a step more, and a disk that slows down
+later. Tested in test_outputs.py.
 """
 
 import time
@@ -17,7 +17,7 @@ from train.parallel.ranks import Ranks
 from train.resolve import MemoryEstimate, RunPlan, weight_copies
 
 MEASURED_STEPS, MEASURED_SECONDS, WARM_STEPS = 20, 10.0, 2
-"""So many steps are timed, or for so long, after some that compile and touch memory for the first time."""
+"""Most steps and seconds that are timed, after WARM_STEPS that compile and touch memory for the first time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,19 +29,19 @@ class DryRun:
     steps: int
     """Batches of the stream."""
     vectors: int
-    """Of the stream, over all epochs."""
+    """Vectors of the stream, over all epochs."""
     bytes_read: int
-    """Of the store, over all epochs."""
+    """Bytes read from the store, over all epochs."""
     processes: int
-    """Of this machine."""
+    """Processes on this machine."""
     memory_bytes: int
-    """Of each process, on its training device."""
+    """Memory of each process on its training device."""
     shuffle_bytes: int
-    """Memory for the shuffle of each process, in the machine."""
+    """The machine's memory for the shuffle of each process."""
     checkpoint_bytes: int
     """Disk for the finished checkpoints of all runs and their safetensors."""
     interim_bytes: int
-    """Disk for a checkpoint of each run during training, optimiser included, and the temporary file of one."""
+    """Disk for a checkpoint of each run during training, with the optimiser, and the temporary file of one."""
     measured_steps: int
     seconds_per_step: float
     """Mean of the measured steps."""
@@ -50,7 +50,7 @@ class DryRun:
 
 
 def time_steps(one_step: Callable[[], None], plan: RunPlan, device: torch.device, ranks: Ranks) -> list[float]:
-    """Make some of a run's steps, as many by all ranks; the seconds that each took once everything was compiled."""
+    """Make some of a run's steps, the same number on all ranks; the seconds of each, once everything is compiled."""
     seconds: list[float] = []
     for number in range(1, plan.steps + 1):
         if ranks.any(len(seconds) >= MEASURED_STEPS or sum(seconds) >= MEASURED_SECONDS):
@@ -67,7 +67,7 @@ def time_steps(one_step: Callable[[], None], plan: RunPlan, device: torch.device
 def foresee(
     plans: Sequence[RunPlan], store: ActivationStore, memory: MemoryEstimate, seconds: Sequence[float]
 ) -> DryRun:
-    """What runs of these plans take, in one pass; seconds: of each measured step."""
+    """What runs of these plans take in one pass; seconds: those of each measured step."""
     plan, meta, mean = plans[0], store.meta, sum(seconds) / len(seconds)
     weights = [8 * each.model.n_latents * each.model.d_model for each in plans]
     interim = [size * weight_copies(each) for size, each in zip(weights, plans, strict=True)]

@@ -1,7 +1,7 @@
-"""What a finished run leaves beside its checkpoint, and on the hub: ckpt.safetensors, ckpt.loss.png, a model card.
+"""What a finished run leaves beside its checkpoint, and on the Hub: ckpt.safetensors, ckpt.loss.png, a model card.
 
-All of it is made from the checkpoint and the metrics file, so that a run that was killed just after its last checkpoint
-gets it on the next --resume. Formats: `train.formats.files`; the upload itself: `train.formats.hub`.
+All of it is made from the checkpoint and the metrics file, so a run that was killed just after its last checkpoint gets
+it on the next --resume. Formats: `train.formats.files`; the upload itself: `train.formats.hub`.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from train.reporting.report import TrainResult
 
 
 def check_publish(config: PublishConfig) -> None:
-    """Refuse trackers that are not installed and an upload that cannot work, before the training."""
+    """Before the training, refuse trackers that are not installed and an upload that cannot work."""
     for package, wanted in (("tensorboard", config.tensorboard), ("wandb", config.wandb is not None)):
         if wanted and importlib.util.find_spec(package) is None:
             raise ResidscopeError(
@@ -40,7 +40,7 @@ def check_publish(config: PublishConfig) -> None:
 
 
 def write_outputs(result: TrainResult, *, anew: bool) -> None:
-    """Write the weights as safetensors and the loss figure; anew: also where they are there already."""
+    """Write the weights as safetensors and the loss figure; anew: replace those that exist."""
     from train.formats.files import write_safetensors
 
     target, picture = beside(result.checkpoint, ".safetensors"), beside(result.checkpoint, ".loss.png")
@@ -57,7 +57,7 @@ def write_outputs(result: TrainResult, *, anew: bool) -> None:
 
 
 def _saved(result: TrainResult) -> Checkpoint:
-    """The run's checkpoint from the disk, which must be the one that it wrote."""
+    """The run's checkpoint, read from the disk; raises unless it is the one that this run wrote."""
     saved = load_checkpoint(result.checkpoint)
     if repr(saved.trainer.get("metrics")) != repr(result.metrics):
         raise IncompatibleError(f"{result.checkpoint} is not what this run saved: another was put in its place since")
@@ -65,7 +65,7 @@ def _saved(result: TrainResult) -> Checkpoint:
 
 
 def push(results: Sequence[TrainResult], config: PublishConfig) -> str:
-    """Upload the runs' files with a model card each, one at the top, several in folders by name; the address."""
+    """Upload each run's files and model card, a single run at the top, several in folders by name; the address."""
     from train.formats.hub import last_metrics, model_card, push_to_hub
 
     assert config.push_to_hub is not None

@@ -1,4 +1,4 @@
-"""What is reported of finished runs: words or a table for the terminal, plain values for `--json`, a parquet table."""
+"""The report of finished runs: text or a table for the terminal, plain values for `--json`, a parquet table."""
 
 import math
 import os
@@ -19,25 +19,25 @@ from train.validation import INTERIM_TOKENS, Validation
 
 _SETTLED = {True: "yes", False: "no", None: "-"}
 _HIGH = 10
-"""Times the default: a learning rate above this is more likely too high than the run too short for it."""
+"""Multiple of the default learning rate above which a poor FVU is put down to the rate, not to too short a run."""
 
 _LOW, _SMALL_BATCH = 0.5, 128
-"""Times the default: only a learning rate below this is too low, and only one above its inverse too high for latents to
-stay alive; no smaller batch than this is proposed."""
+"""Multiple of the default learning rate below which it is called too low, and above whose inverse too high for latents
+to stay alive; and the batch size below which no smaller one is proposed."""
 
 _MANY_DEAD = 0.1
-"""Share of dead latents that is worth a word."""
+"""Share of dead latents above which the report advises what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
     plan: RunPlan
     metrics: dict[str, Any]
-    """The last line of training metrics, or what the checkpoint says of it."""
+    """The last line of training metrics, or the checkpoint's copy of it."""
     validation: Validation | None
     """On held-out documents; None if none were held out."""
     curve: list[dict[str, Any]]
-    """Of held-out numbers over the run's steps (`train.reporting.convergence`)."""
+    """Held-out numbers over the run's steps (`train.reporting.convergence`)."""
     seconds: float
     """Time of this invocation, from the start to the last checkpoint."""
 
@@ -105,7 +105,7 @@ def describe(result: TrainResult) -> str:
 
 
 def _advice(result: TrainResult) -> list[str]:
-    """What in the numbers looks badly chosen, and what to try: a line each."""
+    """What the numbers suggest was badly chosen, and what to try: a line each."""
     plan, metrics, held_out = result.plan, result.metrics, result.validation
     lines = [words] if (words := in_words(last_quarter(result.curve))) else []
     lr, share = plan.chosen.lr, len(plan.layers) / len(plan.stream_layers or plan.layers)
@@ -137,7 +137,7 @@ def _advice(result: TrainResult) -> list[str]:
 
 
 def table_of(results: Sequence[TrainResult]) -> str:
-    """A line for each run: what differs, its size, and how good it is on held-out documents."""
+    """A line for each run: the swept flags, its size, and how good it is on held-out documents."""
     swept = list(results[0].spec.settings)
     per_layer = results[0].spec.layer is not None
     head = [*swept, *(["layer"] if per_layer else []), "latents", "FVU", "worst FVU", "at layer", "L0", "dead"]
@@ -172,7 +172,7 @@ def _held_out_cells(result: TrainResult) -> list[str]:
 
 
 def table_path(out: Path, first: Path) -> Path:
-    """Where the table of the runs of --out `out` goes; first: a run's checkpoint. `UsageError` over anything else."""
+    """The file for the table of the runs of --out `out`; first: a run's checkpoint. `UsageError` if it is another's."""
     stem = out.stem if out.suffix == ".pt" and first.parent == out.parent else "ckpt"
     path = first.with_name(f"{stem}.runs.parquet")
     if os.path.lexists(path):
@@ -185,9 +185,9 @@ def table_path(out: Path, first: Path) -> Path:
 
 
 def write_table(out: Path, results: Sequence[TrainResult]) -> Path:
-    """The comparison of all runs, a row for each run and layer, as a parquet file beside the checkpoints; its path.
+    """Write the comparison of all runs, a row for each run and layer, as parquet beside the checkpoints; its path.
 
-    Rows of another sweep with this --out stay while its checkpoints are there."""
+    Keeps the rows of another sweep with this --out as long as its checkpoints exist."""
     import pandas as pd
 
     from store.files import atomic_write
