@@ -45,7 +45,7 @@ class Checkpoint:
     format: str = "residscope"
     """The file's format: residscope, mlsae, saelens or sparsify."""
     path: str = ""
-    """The file or Hub repository as given, with the sub-folder if there was one."""
+    """The file or hub repository as given, with the sub-folder if there was one."""
     changed: int = 0
     """`changed_at`, just before the file was read."""
 

@@ -264,7 +264,7 @@ class PublishConfig:
     wandb: str | None = None
     """Also send the metrics to this Weights & Biases project (pip install 'residscope[wandb]')."""
     push_to_hub: str | None = None
-    """When done, upload weights, metrics and a model card to this Hub repository, OWNER/NAME."""
+    """When done, upload weights, metrics and a model card to this hub repository, OWNER/NAME."""
     hub_private: bool = False
     """Make that repository private if it is new."""
     hub_license: str = "unknown"

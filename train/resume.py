@@ -48,7 +48,7 @@ def _check_output(config: TrainConfig) -> None:
     if out.exists() and not config_path(out).exists():
         with out.open("rb") as file:
             if file.read(2) not in (b"PK", b""):  # a zip file, whole or cut short
-                raise UsageError(f"--out {out} exists, is no checkpoint and will not be overwritten: choose another")
+                raise UsageError(f"--out {out} exists, is not a checkpoint and will not be overwritten: choose another")
 
 
 def load_saved(specs: Sequence[RunSpec], ranks: Ranks = ALONE) -> list[Checkpoint | None]:

@@ -275,7 +275,7 @@ def test_a_run_may_start_from_anothers_weights(config: TrainConfig, tmp_path: Pa
 def test_what_is_no_checkpoint_is_not_overwritten(config: TrainConfig) -> None:
     config.out.write_text("a text")
     for flag in ("overwrite", "resume"):
-        with pytest.raises(UsageError, match="exists, is no checkpoint and will not be overwritten"):
+        with pytest.raises(UsageError, match="exists, is not a checkpoint and will not be overwritten"):
             train(with_values(config, **{flag: True}))
     assert config.out.read_text() == "a text"
     config.out.write_bytes(b"PK cut short")

@@ -17,7 +17,7 @@ class TrainCompareConfig:
     store: Path
     """Store of activations to measure them on."""
     sae: tuple[str, ...]
-    """Checkpoints, folders or Hub ids, in any format that `residscope convert` reads. Checkpoints of single layers
+    """Checkpoints, folders or hub ids, in any format that `residscope convert` reads. Checkpoints of single layers
     whose names differ only in layer=N (as --per-layer writes them) count as one set; a folder may hold such sets, or
     the runs of a --sweep."""
     out: Path = Path("comparison")

@@ -105,5 +105,5 @@ class Follower:
             return True
         if not self._told:
             self._told = True
-            print(f"train: waiting for the harvest of {self._store.path}, as often as it is slower", file=sys.stderr)
+            print(f"train: waiting for the harvest of {self._store.path}, whenever it is slower", file=sys.stderr)
         return False

@@ -1,4 +1,4 @@
-"""What a finished run leaves beside its checkpoint, and on the Hub: ckpt.safetensors, ckpt.loss.png, a model card.
+"""What a finished run leaves beside its checkpoint, and on the hub: ckpt.safetensors, ckpt.loss.png, a model card.
 
 All of it is made from the checkpoint and the metrics file, so a run that was killed just after its last checkpoint gets
 it on the next --resume. Formats: `train.formats.files`; the upload itself: `train.formats.hub`.

@@ -88,12 +88,12 @@ def describe(result: TrainResult) -> str:
         f"{metrics['dead_fraction']:.1%} of latents dead",
     ]
     if held_out is None or (worst := result.worst_layer) is None:
-        lines.append("validation: no document was held out, or one of a single token")
+        lines.append("validation: none, because fewer than two tokens were held out")
     elif math.isinf(held_out.fvu):
         lines.append(f"validation on {held_out.tokens:,} tokens of held-out documents: no FVU, their vectors are equal")
     else:
         few = held_out.tokens < min(INTERIM_TOKENS, plan.config.validation.validation_tokens)
-        hint = " (so few say little: raise --validation-fraction)" * few
+        hint = " (too few to say much: raise --validation-fraction)" * few
         lines.append(
             f"validation on {held_out.tokens:,} tokens of held-out documents{hint}: FVU {held_out.fvu:.3f} (lower is "
             "better, 1 is no better than the layer's mean; mean over layers; "
