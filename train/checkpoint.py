@@ -173,9 +173,8 @@ def check_records(store: Any, trainer: Any, where: str) -> None:
         reason = "store and trainer should be mappings"
     else:
         layers, split = store.get("layers") or (), store.get("validation")
-        if not isinstance(layers, list | tuple) or any(type(n) is not int or n < 0 for n in layers):
-            reason = f"layers should be block indices, found {layers!r:.60}"
-        elif len(set(layers)) < len(layers):
+        indices = isinstance(layers, list | tuple) and all(type(n) is int and n >= 0 for n in layers)
+        if not indices or len(set(layers)) < len(layers):
             reason = f"layers should be block indices, each once, found {layers!r:.60}"
         elif not isinstance(store.get("model"), str | None) or not isinstance(store.get("lens"), str | dict | None):
             reason = f"model and lens should be names, found {store.get('model')!r:.60}, {store.get('lens')!r:.60}"

@@ -159,7 +159,7 @@ def _bytes_up_to(path: Path, step: int) -> int:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file except damaged ones, such as a last line that a crash cut short."""
-    return [line for text in _lines(path) if (line := _read_line(text)) is not None]
+    return [line for line in map(_read_line, _lines(path)) if line is not None]
 
 
 def _read_line(text: bytes) -> dict[str, Any] | None:

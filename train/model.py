@@ -92,7 +92,8 @@ class MLSAE(nn.Module):
     @property
     def weights(self) -> Weights:
         """The autoencoder's own tensors; changing them in place changes it."""
-        return Weights(*(None if (t := getattr(self, name, None)) is None else t.data for name in Weights._fields))  # type: ignore[arg-type]
+        tensors = {name: getattr(self, name).data for name in Weights._fields if hasattr(self, name)}
+        return Weights(**tensors)
 
     @torch.no_grad()
     def initialize(self, seed: int, b_pre: Tensor | None = None, *, encoder_scale: float = 1.0) -> None:

@@ -168,14 +168,7 @@ def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
         and isinstance(metrics.get("loss"), float | int | None)
         and set(measured) <= set(metrics)
         and all(isinstance(metrics[n], float | int) or (metrics[n] is None and n in measured[2:5]) for n in measured),
-        "validation": validation is None
-        or (
-            isinstance(validation, dict)
-            and set(Validation._fields) - {"ratio", "stays_on"} <= set(validation) <= set(Validation._fields)
-            and all(
-                isinstance(n, float | int | None) for v in validation.values() for n in (v if type(v) is list else [v])
-            )
-        ),
+        "validation": validation is None or _is_validation(validation),
         "curve": is_curve(trainer.get("curve", [])),
     }
     ranges = {"updates": (0, step), "vectors": (0, 2**63), "threads": (1, 4096)}  # more threads would take all memory
@@ -196,6 +189,13 @@ def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
         if not good:
             reason = f"its training state is damaged ({name} is not what `train` writes)"
             raise IncompatibleError(f"{path}: {reason}; use another checkpoint, or {_START_AGAIN}")
+
+
+def _is_validation(found: Any) -> bool:
+    known = set(Validation._fields)
+    if not isinstance(found, dict) or not known - {"ratio", "stays_on"} <= set(found) <= known:
+        return False
+    return all(isinstance(n, float | int | None) for v in found.values() for n in (v if type(v) is list else [v]))
 
 
 def set_threads(asked: int | None, saved: Sequence[Checkpoint | None], ranks: Ranks = ALONE) -> None:

@@ -143,9 +143,10 @@ def _train_unfinished(
             saved.pop(0)
             announce.tell_finished(plan, record["metrics"])
             continue
-        left[trainer := Trainer(plan, data, memory)] = saved.pop(0)
+        trainer = Trainer(plan, data, memory)
+        left[trainer] = saved.pop(0)
         if left[trainer] is None:
-            warnings |= {trainer.read_source()}
+            warnings.add(trainer.read_source())
     announce.warn(warnings)
     if data.follower and data.config.follow and not left:  # A new store, or a crash before the harvest was told.
         data.follower.end()

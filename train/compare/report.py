@@ -95,11 +95,8 @@ def _found_again(result: Comparison) -> list[str]:
         "the row's latents found in the column's autoencoder: mean over those that fired of the highest cosine of "
         f"decoder rows (1: all are there), and the share above {FOUND}"
     )
-    return [
-        "",
-        title,
-        *aligned([["", *names], *([row, *(cells.get((row, name), "") for name in names)] for row in names)]),
-    ]
+    rows = [[row, *(cells.get((row, name), "") for name in names)] for row in names]
+    return ["", title, *aligned([["", *names], *rows])]
 
 
 def _rows(result: Comparison) -> list[dict[str, Any]]:

@@ -152,7 +152,7 @@ def _rescale(tensors: Weights, factor: Tensor) -> None:
 
 
 def _trained(tensors: Weights) -> dict[str, Tensor]:
-    return {name: tensor for name in TRAINED if (tensor := getattr(tensors, name)) is not None}
+    return {name: getattr(tensors, name) for name in TRAINED if getattr(tensors, name) is not None}
 
 
 def _by_latent(tensors: Weights, change: Callable[[Tensor], Tensor]) -> Weights:

@@ -78,8 +78,8 @@ def sparse_pass(codes: SparseCodes, given: PassInputs) -> MainPass:
     """Loss and gradients of codes [N, w]."""
     kernels, W_dec, target, latents = given.kernels, given.weights.W_dec, given.target, given.ranks.latents
     if latents.size > 1:  # take from the target what the other ranks' latents reconstruct
-        whole = (own := kernels.decode(*codes, W_dec)).clone()
-        latents.sum_(whole)
+        own = kernels.decode(*codes, W_dec)
+        latents.sum_(whole := own.clone())
         target = target - (whole - own)
     main = kernels.reconstruct(codes, W_dec, target, given.row_weight)
     gradients = kernels.weight_gradients(codes, main.value_grads, main.grad_out, given.inputs, given.out)

@@ -155,8 +155,9 @@ class Ranks:
             rows = self.rows.own(m // self.latents.size, row) if moved else self.latents.own(m, place)
             shape, rank = (rows.stop - rows.start, *own.shape[1:]), row * self.latents.size + place
             for part in in_pieces(torch.empty(shape, dtype=own.dtype, device="meta")):
-                self._do("recv", found := torch.empty(part.shape, dtype=own.dtype), group_src=rank)
-                yield found
+                received = torch.empty(part.shape, dtype=own.dtype)
+                self._do("recv", received, group_src=rank)
+                yield received
 
     def _do(self, name: str, *arguments: Any, **options: Any) -> None:
         from torch import distributed

@@ -32,11 +32,11 @@ def tell_plans(plans: Sequence[RunPlan], n_runs: int, memory: MemoryEstimate | N
     """Say what will run, on what, and how much memory it takes; `plans`: those of the `n_runs` that are left."""
     plan = plans[0]  # used only for what all plans share
     many = "" if n_runs == 1 else f"{len(plans)} of {counted(n_runs, 'run')} to do in one pass: "
-    n_latents, k = (spread([n for p in plans if (n := getattr(p.model, name))]) for name in ("n_latents", "active"))
-    limit = "" if k == "-" else f"k {k}, "
+    n_latents, ks = [p.model.n_latents for p in plans], [p.model.active for p in plans if p.model.active]
+    limit = f"k {spread(ks)}, " if ks else ""
     say(
-        f"{many}{n_latents} latents, {limit}{counted(len(plan.stream_layers or plan.layers), 'layer')} of d_model "
-        f"{plan.model.d_model}; {counted(plan.steps, 'step')} of {plan.chosen.batch_size:,} vectors "
+        f"{many}{spread(n_latents)} latents, {limit}{counted(len(plan.stream_layers or plan.layers), 'layer')} of "
+        f"d_model {plan.model.d_model}; {counted(plan.steps, 'step')} of {plan.chosen.batch_size:,} vectors "
         f"(epochs: {plan.vectors / plan.vectors_per_epoch:.3g}), learning rate "
         f"{spread([p.chosen.lr for p in plans], '.2g')}, of the encoder "
         f"{spread([p.chosen.lr * p.chosen.encoder_lr for p in plans], '.2g')} (recipe {plan.chosen.recipe})"

@@ -85,7 +85,7 @@ def is_curve(found: Any) -> TypeGuard[list[dict[str, Any]]]:
     if not isinstance(found, list) or not all(isinstance(point, dict) for point in found):
         return False
     for before, point in itertools.pairwise([{"step": 0, "vectors": 1}, *found]):
-        numbers = [number for name in NUMBERS if (number := point.get(name)) is not None]
+        numbers = [point[name] for name in NUMBERS if point.get(name) is not None]
         if not all(type(number) is float and 0 <= number < math.inf for number in numbers):
             return False
         if not all(type(point.get(n)) is int for n in ("step", "vectors")):

@@ -80,8 +80,9 @@ def summary(result: TrainResult) -> dict[str, Any]:
 def describe(result: TrainResult) -> str:
     """A run in words."""
     plan, metrics, held_out = result.plan, result.metrics, result.validation
+    limit = f"k {plan.model.active}, " if plan.model.active else ""
     lines = [
-        f"{result.checkpoint}: {plan.model.n_latents:,} latents, {f'k {k}, ' if (k := plan.model.active) else ''}after "
+        f"{result.checkpoint}: {plan.model.n_latents:,} latents, {limit}after "
         f"{counted(metrics['step'], 'step')} ({metrics['vectors']:,} vectors of {len(plan.layers)} layers) in "
         f"{human_seconds(result.seconds)}",
         f"training: FVU {_number(metrics['fvu'], '.3f')}, L0 {_number(metrics['l0'], '.1f')}, "
