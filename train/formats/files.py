@@ -262,7 +262,7 @@ def _read_foreign(path: Path, format: ForeignFormat, name: str) -> Checkpoint:
         ours, notes = mapping(parsed.ours), parsed.notes
         expected = ours.pop(_HASH, None)
         if ours and expected is None:
-            notes += (f"{name}: without a check sum (an earlier version wrote none): damage would not be found",)
+            notes += (f"{name}: without a check sum (an earlier version wrote none): damage would go unnoticed",)
         elif ours and expected != _folder_hash(config, tensors):
             raise IncompatibleError(
                 f"{name}: its check sum is wrong: the weights or {layout.config_file} were changed after residscope"

@@ -167,7 +167,7 @@ def key_notes(config: Mapping[str, Any], known: Collection[str], taken: Mapping,
                 what = f"the configuration has a key {key!r} and no {near!r}: a damaged name; correct it"
                 raise IncompatibleError(f"{where}: {what}")
     if unknown:
-        notes += (f"{where}: the configuration has {listed(unknown)}, which are not known here and changed nothing",)
+        notes += (f"{where}: the configuration has {listed(unknown)}, which are unknown here and were ignored",)
     if silent := [f"{key} (taken as {value})" for key, value in taken.items() if key not in config]:
         notes += (f"{where}: the configuration does not say {listed(silent)}",)
     return notes
