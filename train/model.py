@@ -92,8 +92,7 @@ class MLSAE(nn.Module):
     @property
     def weights(self) -> Weights:
         """The autoencoder's own tensors; changing them in place changes it."""
-        tensors = {name: getattr(self, name).data for name in Weights._fields if hasattr(self, name)}
-        return Weights(**tensors)
+        return Weights(**{name: getattr(self, name).data for name in Weights._fields if hasattr(self, name)})
 
     @torch.no_grad()
     def initialize(self, seed: int, b_pre: Tensor | None = None, *, encoder_scale: float = 1.0) -> None:

@@ -62,12 +62,10 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
         data, plans = _planned(config, store, as_begun(specs, saved), ranks)
         if data.follower:
             data.follower.require_once(plans[0].epochs, ranks.size)
-        restarts = set[str]()
         for plan, checkpoint in zip(plans, saved, strict=True):
             if checkpoint is not None:
                 check_resumable(checkpoint, store, plan, ranks)
-                restarts.add(restart_warning(plan, checkpoint))
-        announce.warn(restarts)
+        announce.warn({restart_warning(plan, c) for plan, c in zip(plans, saved, strict=True) if c is not None})
         set_threads(config.hardware.threads, saved, ranks)
         finished = [
             None if c is None or not c.trainer["finished"] or is_longer(plan, c) else c.trainer
@@ -143,8 +141,7 @@ def _train_unfinished(
             saved.pop(0)
             announce.tell_finished(plan, record["metrics"])
             continue
-        trainer = Trainer(plan, data, memory)
-        left[trainer] = saved.pop(0)
+        left[trainer := Trainer(plan, data, memory)] = saved.pop(0)
         if left[trainer] is None:
             warnings.add(trainer.read_source())
     announce.warn(warnings)

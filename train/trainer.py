@@ -223,7 +223,6 @@ class Trainer:
         return self.curve[-1]["step"] if self.curve else 0
 
     def look(self, validated: Validation) -> None:
-        """Add a validation on the sample to the curve."""
         if not math.isfinite(validated.fvu) or self.vectors == 0:
             return  # diverged, or no vector of this run's layer has come yet
         numbers = {name: getattr(validated, name) for name in NUMBERS}
