@@ -43,7 +43,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     """For a file in another format: what a user has to know that the weights do not say."""
     format: str = "residscope"
-    """Which format it was in: residscope, mlsae, saelens or sparsify."""
+    """The file's format: residscope, mlsae, saelens or sparsify."""
     path: str = ""
     """The file or hub repository as given, with its sub-folder if any."""
     changed: int = 0
@@ -155,7 +155,7 @@ def _config_of(found: Any, path: Path) -> SAEConfig:
 
 
 def check_weights(state: Mapping[str, Tensor], where: str) -> None:
-    """Raise `IncompatibleError` if a tensor holds a value that is not finite; `where` is what the user calls it."""
+    """Raise `IncompatibleError` if a tensor holds a value that is not finite; `where` names the file to the user."""
     for name, tensor in state.items():
         # A threshold that has not been measured yet is 0, and its logarithm infinite.
         good = ~tensor.isnan() if name == "log_threshold" else tensor.isfinite()
@@ -167,15 +167,14 @@ def check_weights(state: Mapping[str, Tensor], where: str) -> None:
 
 
 def check_records(store: Any, trainer: Any, where: str) -> None:
-    """Raise `IncompatibleError` if `Checkpoint.store` or `Checkpoint.trainer` cannot be what `train` writes."""
+    """Raise `IncompatibleError` if `Checkpoint.store` or `Checkpoint.trainer` is not what `train` can write."""
     reason = None
     if not isinstance(store, dict) or not isinstance(trainer, dict):
         reason = "store and trainer should be mappings"
     else:
         layers, split = store.get("layers") or (), store.get("validation")
-        if not isinstance(layers, list | tuple) or any(type(n) is not int or n < 0 for n in layers):
-            reason = f"layers should be block indices, found {layers!r:.60}"
-        elif len(set(layers)) < len(layers):
+        indices = isinstance(layers, list | tuple) and all(type(n) is int and n >= 0 for n in layers)
+        if not indices or len(set(layers)) < len(layers):
             reason = f"layers should be block indices, each once, found {layers!r:.60}"
         elif not isinstance(store.get("model"), str | None) or not isinstance(store.get("lens"), str | dict | None):
             reason = f"model and lens should be names, found {store.get('model')!r:.60}, {store.get('lens')!r:.60}"

@@ -23,7 +23,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0 done, 1 failed, 2 usage, 3 incompatible, 130 interrupted."""
+    """Run the command and return the exit code: 0 done, 1 failed, 2 usage, 3 incompatible, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["compare"]:
         from train.compare.cli import main as compare
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps({"table": str(table), "runs": runs} if table else runs[0]))
 
     several = os.environ.get("WORLD_SIZE", "") not in ("", "0", "1")
-    silent = several and os.environ.get("RANK", "") not in ("", "0")  # of several processes the first alone speaks
+    silent = several and os.environ.get("RANK", "") not in ("", "0")  # only the first of several processes prints
     out, err = (None, None) if silent else (sys.stdout, sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         return run_command("train", command)

@@ -1,7 +1,7 @@
 """The training data: the open store, its split by document, and its rows as float32 tensors on the device.
 
 Layers have two numbers: the model's own, which users see, and the position among the layers trained on, 0 .. L - 1,
-by which tensors are indexed.
+which indexes tensors.
 
 Shapes: N rows, D d_model, T tokens of the store, L layers trained on.
 """
@@ -42,7 +42,7 @@ class Vectors(NamedTuple):
 
 
 class VectorSource:
-    """Turns the loader's batches into tensors; `layers` are the stored layers that are trained on, ascending."""
+    """Turns the loader's batches into tensors; `layers` are the stored layers to train on, ascending."""
 
     def __init__(self, layers: Sequence[int], stored_dtype: str, device: torch.device) -> None:
         self._stored_dtype, self._layers, self.device = stored_dtype, list(layers), device
@@ -56,7 +56,7 @@ class VectorSource:
 
     def to_float32(self, rows: np.ndarray) -> Tensor:
         """Rows in the store's type, of any shape, as float32 on the device."""
-        bfloat16 = self._stored_dtype == "bfloat16"  # which numpy does not know
+        bfloat16 = self._stored_dtype == "bfloat16"  # unknown to numpy
         tensor = torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16) if bfloat16 else torch.from_numpy(rows)
         return self._sent(tensor).float()
 
@@ -78,7 +78,7 @@ class DocumentSplit(NamedTuple):
 
 
 def split_tokens(store: ActivationStore, fraction: float, seed: int) -> DocumentSplit:
-    """Hold out whole documents; raises `IncompatibleError` where that leaves nothing to train on."""
+    """Hold out whole documents; raises `IncompatibleError` if that leaves nothing to train on."""
     tokens = store.tokens
     n_documents = int(tokens.document.max()) + 1
     held_out = validation_documents(n_documents, fraction, seed)[tokens.document]
@@ -103,7 +103,7 @@ def stored_layers(store: ActivationStore, layers: tuple[int, ...] | None) -> lis
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """What all runs of an invocation are trained on."""
+    """The data that all runs of an invocation share."""
 
     store: ActivationStore
     split: DocumentSplit
@@ -115,7 +115,7 @@ class TrainingData:
     batch_size: int
     """Vectors in a step of the stream."""
     held_out: dict[str, Any]
-    """How the held-out documents were drawn: fraction, seed, n_documents."""
+    """How the held-out documents were chosen: fraction, seed, n_documents."""
     ranks: Ranks = ALONE
     """The processes that share each batch."""
     follower: Follower | None = None
@@ -146,7 +146,7 @@ class TrainingData:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The model's numbers of the layers of the stream."""
+        """The layers of the stream, by the model's numbers."""
         return tuple(self.store.meta.layers[position] for position in self.stored)
 
     def record(self, layers: tuple[int, ...]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Reproducing a run bit for bit: the switches in torch, and what the last bits depend on besides the plan.
 
-On a CPU every operation of a step has one order of summing for a given number of threads, so nothing gets slower. On
+On a CPU every operation of a step sums in one order for a given number of threads, so nothing gets slower. On
 CUDA torch replaces sums that use atomics (index_add, and scatter with repeats) by sorted ones, and cuBLAS works in a
 fixed workspace: steps get some per cent slower, more where AuxK is busy.
 """
@@ -26,7 +26,7 @@ def deterministic(device: torch.device, wanted: bool | None) -> Iterator[None]:
     filled = memory.fill_uninitialized_memory
     if on and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
-    # The same switch as `use_deterministic_algorithms`, which imports torch's compiler first: nearly two seconds.
+    # Does the same as `use_deterministic_algorithms`, which first imports torch's compiler: nearly two seconds.
     torch.set_deterministic_debug_mode("error" if on else "default")
     # Deterministic mode would fill memory that is about to be overwritten, which is slow.
     memory.fill_uninitialized_memory = False
@@ -38,8 +38,8 @@ def deterministic(device: torch.device, wanted: bool | None) -> Iterator[None]:
 
 
 def surroundings(device: str, kernels: str, product_dtype: str, ranks: Ranks = ALONE) -> dict[str, str]:
-    """Versions of this program and of what computes, what the processor has, and how many processes train together
-    where there are several."""
+    """Versions of this program, torch and the kernels, the processor's instruction set, and the number of processes
+    that train together if there are several."""
     found = versions("residscope", "torch", kernels)
     del found["python"]
     if ranks.size > 1:

@@ -1,6 +1,6 @@
 """Which runs one invocation trains: one, one for each point of a `--sweep`, one for each layer, or their product.
 
-Every run of an invocation sees the same stream of batches, so only what does not change the stream can be swept: a
+Every run of an invocation sees the same stream of batches, so only fields that do not change the stream can be swept: a
 run's checkpoint is then, bit for bit, that of the single run with the same flags. Imports nothing heavy.
 """
 
@@ -36,7 +36,7 @@ class RunSpec:
     settings: dict[str, Any] = field(default_factory=dict)
     """The swept fields and their values."""
     layer: int | None = None
-    """The model's number of the one layer that it is trained on, under --per-layer."""
+    """With --per-layer, the model's number of the layer that it is trained on."""
 
 
 def expand(config: TrainConfig, layers: Sequence[int]) -> list[RunSpec]:
@@ -50,8 +50,8 @@ def expand(config: TrainConfig, layers: Sequence[int]) -> list[RunSpec]:
         for layer in [None] if config.per_layer is None else layers:
             parts = [f"{name}={as_written(value)}" for name, value in settings.items()]
             name = ".".join(parts if layer is None else [*parts, f"layer={layer}"])
-            one = with_values(config, sweep=None, out=run_path(config.out, name), **settings)
-            specs.append(RunSpec(config=one, name=name, settings=settings, layer=layer))
+            run_config = with_values(config, sweep=None, out=run_path(config.out, name), **settings)
+            specs.append(RunSpec(config=run_config, name=name, settings=settings, layer=layer))
     return specs
 
 
@@ -62,7 +62,7 @@ def as_written(value: Any) -> str:
 
 
 def run_path(out: Path, name: str) -> Path:
-    """The checkpoint of run `name`: ckpt.pt gives ckpt.NAME.pt beside it; anything else is a folder for it."""
+    """The checkpoint of run `name`: beside ckpt.pt it is ckpt.NAME.pt; any other `out` is the folder to put it in."""
     in_folder = out.suffix != ".pt" or out.is_dir()
     return out / f"ckpt.{name}.pt" if in_folder else out.with_name(f"{out.stem}.{name}.pt")
 
@@ -96,7 +96,7 @@ def sweep_axes(config: TrainConfig) -> dict[str, list[Any]]:
 
 
 def _swept_types() -> dict[str, Any]:
-    """The flags that may be swept, and the types of their values."""
+    """The fields that may be swept, and the types of their values."""
     groups = (ModelConfig, ObjectiveConfig, OptimizerConfig, HardwareConfig)
     hints = {name: hint for group in groups for name, hint in typing.get_type_hints(group).items()}
     return {name: hint for name, hint in hints.items() if name not in _NOT_SWEPT and "tuple" not in str(hint)}

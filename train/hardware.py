@@ -1,4 +1,4 @@
-"""What the machine offers: device, fast product type, free memory. Nothing here is looked at on import."""
+"""What the machine offers: the device and the fastest product type. Importing this probes nothing."""
 
 import functools
 
@@ -24,8 +24,8 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_product_dtype(name: str, device: torch.device) -> str:
-    """The type of the encoder's product: `name`, or for "auto" the fastest that the hardware has instructions for, not
-    a measured one, so that a resumed run finds what it had. `UsageError` for int8 where there is no 8-bit screen."""
+    """The type of the encoder's product: `name`, or for "auto" the fastest that the hardware has instructions for,
+    without measuring, so that a resumed run gets the same. `UsageError` for int8 if the 8-bit screen cannot run."""
     if name == "int8" and device.type == "cuda":
         raise UsageError("--dtype int8 is for CPUs; CUDA has --dtype bfloat16, which is as fast")
     if name == "int8" and not has_byte_products():
@@ -40,7 +40,7 @@ def resolve_product_dtype(name: str, device: torch.device) -> str:
 def dense_dtype(product_dtype: torch.dtype) -> torch.dtype:
     """The type of products that are needed in full, in runs with `product_dtype`; checkpoints record it.
 
-    For int8, whose screen finds only the k largest: bfloat16 on CPUs with AMX, else float32, even where AVX-512 has
+    For int8, whose screen finds only the k largest: bfloat16 on CPUs with AMX, else float32, even on CPUs with AVX-512
     bfloat16 instructions, which made products no faster (benchmarks/results/2026-11-28-kernels.md).
     """
     if product_dtype != torch.int8:
@@ -56,7 +56,7 @@ def has_byte_products() -> bool:
         from numba import config
     except ImportError:
         return False
-    asked: str | None = getattr(config, "CPU_FEATURES", None)  # NUMBA_CPU_FEATURES, or none for a generic CPU
+    asked: str | None = getattr(config, "CPU_FEATURES", None)  # NUMBA_CPU_FEATURES; empty for a generic CPU
     return binding.get_host_cpu_features().get("avx512vnni", False) if asked is None else "+avx512vnni" in asked
 
 

@@ -3,12 +3,12 @@
 One autoencoder is shared by all layers (Lawson et al. 2025, section 3). Each residual stream vector x is standardised,
 on its own or by its layer, then
 
-    z = W_enc (x_std - b_pre) + b_enc   h = the active ones of z, the k largest or as the variant has it
+    z = W_enc (x_std - b_pre) + b_enc   h = the active ones of z: the k largest, or as the variant chooses
     x_hat_std = W_dec^T h + b_pre       x_hat = x_hat_std * (std + eps) + mean
 
 Both weights are [n_latents, d_model]: a latent is a row of each. Encoding holds a tile of pre-activations at a time.
 
-Shapes: N vectors, D d_model, M n_latents, L layers, w active latents a vector at most.
+Shapes: N vectors, D d_model, M n_latents, L layers, w the most active latents per vector.
 """
 
 from dataclasses import asdict, replace
@@ -39,18 +39,18 @@ TOO_LONG = "overflow float32 when they are squared: check the model's weights, o
 
 
 class Standardized(NamedTuple):
-    """Vectors with their own mean and scale taken out, and what puts them back."""
+    """Standardised vectors, and the mean and scale that undo it."""
 
     x: Tensor
     """[N, D] (x - mean) / std."""
     mean: Tensor
     """[N, 1] mean over d_model, or [N, D] the mean vector of its layer."""
     std: Tensor
-    """[N, 1] what x was divided by: its unbiased standard deviation over d_model + `STD_EPSILON`, or layer's scale."""
+    """[N, 1] the divisor: x's unbiased standard deviation over d_model + `STD_EPSILON`, or its layer's scale."""
 
 
 class ForwardOutput(NamedTuple):
-    """A reconstruction and how it came about; mean and std as in `Standardized`."""
+    """A reconstruction and the codes behind it; mean and std as in `Standardized`."""
 
     x_hat: Tensor
     """[N, D] reconstruction in raw space."""
@@ -64,7 +64,7 @@ class MLSAE(nn.Module):
     """The autoencoder. Its forward pass is for inference: training has its own gradients (`train.objective.step`)."""
 
     threshold: Tensor
-    """Scalar, batchtopk and matryoshka only: activations of inference are above it."""
+    """Scalar, batchtopk and matryoshka only: in inference, latents above it are active."""
     log_threshold: Tensor
     """[M], jumprelu only: logarithm of each latent's own threshold."""
 
@@ -72,7 +72,7 @@ class MLSAE(nn.Module):
         super().__init__()
         self.config = config
         self.latents: Ranks = ALONE
-        """Those that have the other latents of a larger one, of which this is a part."""
+        """The ranks among which the latents are divided, if this is one part of a larger autoencoder."""
         self.variant = variant_of(config)
         m, d = config.n_latents, config.d_model
         self.W_enc = nn.Parameter(torch.zeros(m, d))  # [M, D]
@@ -91,8 +91,8 @@ class MLSAE(nn.Module):
 
     @property
     def weights(self) -> Weights:
-        """The autoencoder's own tensors, to be changed in place."""
-        return Weights(*(None if (t := getattr(self, name, None)) is None else t.data for name in Weights._fields))  # type: ignore[arg-type]
+        """The autoencoder's own tensors; changing them in place changes it."""
+        return Weights(**{name: getattr(self, name).data for name in Weights._fields if hasattr(self, name)})
 
     @torch.no_grad()
     def initialize(self, seed: int, b_pre: Tensor | None = None, *, encoder_scale: float = 1.0) -> None:
@@ -112,7 +112,7 @@ class MLSAE(nn.Module):
 
     @classmethod
     def share(cls, config: SAEConfig, latents: Ranks) -> "MLSAE":
-        """A new one of the latents of `config` that this one of the ranks has: of all where there is only one."""
+        """A new autoencoder with this rank's share of the latents of `config`; all of them if there is one rank."""
         m, size = config.n_latents, latents.size
         if m % size or config.k > m // size:
             wanted = f"as many equal parts of at least k ({config.k}) latents"
@@ -122,7 +122,7 @@ class MLSAE(nn.Module):
         return sae
 
     def part(self, latents: Ranks) -> "MLSAE":
-        """The share of its latents that this one of the ranks has; itself where there is only one, or it is that."""
+        """This rank's share of its latents; itself if there is only one rank, or if it is that share already."""
         if latents.size == 1 or self.latents is latents:
             return self
         part, own = MLSAE.share(self.config, latents), latents.own(self.config.n_latents)
@@ -139,7 +139,7 @@ class MLSAE(nn.Module):
         return torch.full((n,), self.config.layers.index(number), device=self.W_enc.device)
 
     def standardize(self, x: Tensor, layer: Tensor | None = None) -> Standardized:
-        """Raw vectors [N, D] to the space that the dictionary lives in.
+        """Take raw vectors [N, D] to the space of the dictionary.
 
         layer: int64 [N], each vector's position among the layers trained on, for standardisation by layer.
         """
@@ -155,22 +155,22 @@ class MLSAE(nn.Module):
     def encode(self, x: Tensor, layer: Tensor | None = None) -> SparseCodes:
         """Codes of raw vectors `x` [N, D], in the type of the weights: values [N, w] >= 0, indices int64 [N, w].
 
-        w is k for topk, else the most latents that a vector has; value 0 means not active, whatever the index. layer:
-        as in `standardize`.
+        w is k for topk, else the most active latents of any vector; value 0 means not active, whatever the index.
+        layer: as in `standardize`.
         """
         return self.encode_standardized(self.standardize(x.to(self.W_enc.dtype), layer).x)
 
     def ready_encoder(self, *, product_dtype: torch.dtype | None = None, screened: bool = False) -> ReadyEncoder:
-        """The encoder's weights made ready for many batches, during which they must not change: see `ReadyEncoder`."""
+        """The encoder prepared for many batches, during which its weights must not change: see `ReadyEncoder`."""
         weights = self.weights
         kernels = choose_kernels(weights.W_enc)
         return ReadyEncoder(kernels, weights.W_enc, weights.b_enc, product_dtype=product_dtype, screened=screened)
 
     @torch.no_grad()
     def encode_standardized(self, x_std: Tensor, encoder: ReadyEncoder | None = None) -> SparseCodes:
-        """As `encode`, of vectors that `standardize` has seen: for callers that need the mean and scale as well.
+        """As `encode`, for vectors that are standardised already: for callers that also need the mean and scale.
 
-        encoder: of `ready_encoder`, for callers that encode many batches; default: one for this batch.
+        encoder: from `ready_encoder`, for callers that encode many batches; default: made for this batch.
         """
         if (found := x_std.shape[-1]) != self.config.d_model:
             raise IncompatibleError(f"the autoencoder has d_model {self.config.d_model}, the vectors have {found}")
@@ -195,11 +195,11 @@ class MLSAE(nn.Module):
 def standardize(x: Tensor) -> Standardized:
     """Each row of `x` [N, D] minus its own mean, divided by its own unbiased standard deviation plus `STD_EPSILON`.
 
-    Raises `IncompatibleError` for vectors whose square overflows, on a CPU: a GPU would have to be waited for.
+    Raises `IncompatibleError` for vectors whose square overflows; on a CPU only, because a check would stall a GPU.
     """
     mean = x.mean(dim=-1, keepdim=True)
     centred = x - mean
-    # The same number as x.std(), which torch computes a hundred times more slowly on a CPU.
+    # The same number as x.std(), which is a hundred times slower in torch on a CPU.
     std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (x.shape[-1] - 1) ** 0.5 + STD_EPSILON
     if std.device.type == "cpu" and std.isinf().any():
         longest = x.double().norm(dim=-1).max()
@@ -214,7 +214,7 @@ def standardize_by_layer(x: Tensor, layer: Tensor, layer_mean: Tensor, layer_sca
 
 
 def sae_hash(sae: MLSAE) -> str:
-    """A hash of an autoencoder's configuration and weights: the same for the same one, whatever its file."""
+    """A hash of an autoencoder's configuration and weights, whatever file they come from."""
     digest = xxhash.xxh3_128(repr(sorted(asdict(sae.config).items())).encode())
     for name, tensor in sorted(sae.state_dict().items()):
         digest.update(name.encode())

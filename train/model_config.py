@@ -10,11 +10,10 @@ Activation = Literal["topk", "batchtopk", "matryoshka", "jumprelu", "relu"]
 Standardize = Literal["vector", "layer", "none"]
 
 THRESHOLDED: tuple[Activation, ...] = ("jumprelu", "relu")
-"""Those whose latents are active above a threshold, however many they are: a sparsity term keeps them few."""
-
+"""Those whose latents are active above a threshold, however many that is: a sparsity term keeps them few."""
 
 _LARGEST = 2**48
-"""Of its numbers, and of a matrix: far above what any memory holds, far below what torch can count."""
+"""Limit of each size and of a matrix's numbers: far more than any memory holds, far less than torch can count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +25,11 @@ class SAEConfig:
     n_latents: int
     """Number of latents of the dictionary; expansion factor times d_model."""
     k: int
-    """Active latents a vector: topk at most, batchtopk and matryoshka in the mean over a training batch, jumprelu what
-    training aimed at, or 0 where that is not known; relu makes no use of it (`active`)."""
+    """Active latents per vector: topk at most, batchtopk and matryoshka on average over a training batch, jumprelu the
+    target of training, or 0 if that is not known; relu does not use it (`active`)."""
     standardize: Standardize = "vector"
-    """"vector": each vector loses its own mean and is divided by its own standard deviation; "layer": each layer has
-    one mean vector and one scale for all its vectors; "none": as they are."""
+    """"vector": subtract each vector's own mean and divide by its own standard deviation; "layer": one mean vector and
+    one scale for all vectors of a layer; "none": vectors as they are."""
     activation: Activation = "topk"
     """How latents are chosen: see `train.objective.variants`."""
     encoder_bias: bool = False
@@ -38,9 +37,9 @@ class SAEConfig:
     apply_b_dec_to_input: bool = True
     """Whether b_pre, which the decoder adds, is also subtracted from the encoder's input."""
     prefixes: tuple[int, ...] = ()
-    """matryoshka: the first so many latents must reconstruct on their own; increasing, the last is n_latents."""
+    """matryoshka: sizes of the nested dictionaries, each the first so many latents; increasing, the last n_latents."""
     layers: tuple[int, ...] = ()
-    """The model's numbers of the layers that have a mean and scale of their own, where standardize is "layer"."""
+    """If standardize is "layer", the model's numbers of the layers that have a mean and a scale."""
 
     def __post_init__(self) -> None:
         for name, word in (("standardize", Standardize), ("activation", Activation)):
@@ -74,17 +73,17 @@ class SAEConfig:
 
     @property
     def active(self) -> int:
-        """k, or 0 where it is not known or, for relu, sets nothing."""
+        """k, or 0 if it is not known or, for relu, not used."""
         return 0 if self.activation == "relu" else self.k
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> "SAEConfig":
-        """From what `dataclasses.asdict` gave, JSON's lists in place of tuples included."""
+        """From the result of `dataclasses.asdict`, with lists in place of tuples if it went through JSON."""
         plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**plain)
 
 
 def default_prefixes(n_latents: int) -> tuple[int, ...]:
-    """Groups of 1/32, 1/16, 1/8, 1/4 and the rest of the latents, as Bussmann et al. 2025 have them."""
+    """Prefixes that add 1/32, 1/16, 1/8, 1/4 and the rest of the latents, as in Bussmann et al. 2025."""
     sizes = [round(n_latents * share / 32) for share in (1, 3, 7, 15, 32)]
     return tuple(sorted({size for size in sizes if size > 0}))

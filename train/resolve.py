@@ -68,7 +68,7 @@ class RunPlan:
     """One run, resolved: its flags, and the values of those left open on this store and this machine."""
 
     spec: RunSpec
-    """Which run of the invocation it is, and its flags."""
+    """Which run of the invocation this is, and its flags."""
     model: SAEConfig
     """The autoencoder: `config.model`, resolved."""
     layers: tuple[int, ...]
@@ -77,7 +77,7 @@ class RunPlan:
     """The layers whose vectors are streamed, if the run is trained on only one of them (--per-layer); None: the same as
     `layers`."""
     aux_k: int
-    """Dead latents that AuxK may use on one vector."""
+    """Dead latents that AuxK may use per vector."""
     sparsity_coef: float
     """Weight of the sparsity term; 0 where there is none."""
     chosen: Recipe
@@ -125,17 +125,17 @@ class RunPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by name, as a checkpoint keeps them."""
-        own = {field.name: getattr(self, field.name) for field in fields(self)} | asdict(self.chosen)
-        values = {**to_flat(self.config), **asdict(self.model), **own, "window_bytes": self.window_bytes}
+        resolved = {field.name: getattr(self, field.name) for field in fields(self)} | asdict(self.chosen)
+        values = {**to_flat(self.config), **asdict(self.model), **resolved, "window_bytes": self.window_bytes}
         values |= {"tile_mb": self.tile_mb, "validation_seed": self.config.validation.validation_seed or 0}
         values["start_from"] = None if self.config.start_from is None else str(self.config.start_from)
-        return {name: list(v) if isinstance(v := values[name], tuple) else v for name in RECORDED}
+        return {name: list(values[name]) if isinstance(values[name], tuple) else values[name] for name in RECORDED}
 
     def options_at(self, step: int) -> StepOptions:
-        """How step number `step` (from 0) is made.
+        """The options of step number `step` (from 0).
 
-        k goes linearly from k_start to k over the first k_warmup_fraction of the steps; the sparsity term's coefficient
-        rises linearly to its value over the first sparsity_warmup_fraction.
+        k moves linearly from k_start to k over the first k_warmup_fraction of the steps; the sparsity term's
+        coefficient rises linearly to its full value over the first sparsity_warmup_fraction.
         """
         objective, k, coefficient = self.config.objective, self.model.k, self.sparsity_coef
         warmup = round(objective.k_warmup_fraction * self.steps)
@@ -190,7 +190,7 @@ def make_plan(spec: RunSpec, data: TrainingData) -> RunPlan:
 
 
 def _model(config: TrainConfig, d_model: int, layers: tuple[int, ...], *, n_runs: int) -> SAEConfig:
-    """The autoencoder; `n_runs`: how many share the latents."""
+    """The autoencoder's configuration; `n_runs`: how many runs the latents are divided among."""
     asked = config.model
     n_latents = asked.n_latents or round((asked.expansion_factor or DEFAULT_EXPANSION_FACTOR) * d_model)
     n_latents = n_latents if n_runs == 1 else max(1, n_latents // n_runs)
@@ -221,25 +221,25 @@ def _sparsity_coef(config: TrainConfig) -> float:
 
 
 def default_aux_k(d_model: int) -> int:
-    """The power of two nearest d_model / 2, in ratio (Gao et al. 2024, appendix A.2)."""
+    """The power of two nearest to d_model / 2 by ratio (Gao et al. 2024, appendix A.2)."""
     return 2 ** max(0, round(math.log2(d_model / 2)))
 
 
 class MemoryEstimate(NamedTuple):
-    """Bytes that runs need in each process, beside the interpreter."""
+    """Bytes that the runs need in each process, apart from the interpreter."""
 
     device: int
     """Weights, gradients, moments, a batch and its gradients, and tiles, on the training device."""
     shuffle: int
-    """The loader's two windows, and what is kept of a store at a URL, in the machine's memory."""
+    """The loader's two windows, and what is cached of a store at a URL, in the machine's memory."""
     local: int = 1
-    """Processes of this machine that each take as much; on CUDA each has a GPU of its own."""
+    """Processes on this machine that each need as much; on CUDA each has its own GPU."""
 
 
 def memory_estimate(plans: Sequence[RunPlan], store: ActivationStore, ranks: Ranks = ALONE) -> MemoryEstimate:
-    """How much memory runs of `plans` take over one stream: each its weights and moments; the rest is shared. AuxK is
-    counted with half of the latents dead. Of `ranks` each has its latents' weights, moments of its own share of those,
-    and what the others send of their gradients."""
+    """Memory that the runs of `plans` need on one stream: weights and moments for each; the rest is shared. AuxK is
+    counted with half of the latents dead. With several `ranks`, each holds the weights of its latents, the moments of
+    its own share of those, and the gradients that the others send."""
     meta, rows, latents = store.meta, ranks.rows.size, ranks.latents.size
     sizes = {plan.model.n_latents: 4 * _weights(plan) // latents for plan in plans}
     copies = ((plan, weight_copies(plan), _moments(plan)) for plan in plans)
@@ -248,7 +248,7 @@ def memory_estimate(plans: Sequence[RunPlan], store: ActivationStore, ranks: Ran
     plan = plans[0]
     block = meta.chunk_tokens * meta.d_model * meta.itemsize
     window = min(max(plan.window_bytes, block), meta.n_chunks * len(plan.stream_layers or plan.layers) * block)
-    statistics = 4 * MEDIAN_VECTORS * meta.d_model * 4  # the sample, its parts, and what the median makes of it
+    statistics = 4 * MEDIAN_VECTORS * meta.d_model * 4  # the sample, its parts, and the median's temporaries
     return MemoryEstimate(
         int(held) + gradients + max(statistics, *(_working(plan, rows, latents) for plan in plans)),
         2 * window + held_bytes(store),
@@ -257,7 +257,7 @@ def memory_estimate(plans: Sequence[RunPlan], store: ActivationStore, ranks: Ran
 
 
 def weight_copies(plan: RunPlan) -> int:
-    """Tensors of the weights' size that a run holds and saves: weights, one or two moments, and a running mean."""
+    """Tensors of the weights' size that a run holds and saves: weights, one or two moments, perhaps a running mean."""
     return 1 + _moments(plan) + (plan.config.optimizer.ema_decay is not None)
 
 
@@ -273,14 +273,14 @@ def _working(plan: RunPlan, rows: int, latents: int) -> int:
     n, d, objective = -(-plan.chosen.batch_size // rows), plan.model.d_model, plan.config.objective
     weights = _weights(plan) // latents
     k = max(plan.model.k, objective.k_start or 0) * (4 if objective.multi_topk else 1)
-    # Float32 [N, D], three more where a reconstruction is a sum over ranks; codes, gradients, sorted pairs.
+    # Float32 [N, D] tensors, three more if a reconstruction is a sum over ranks; codes, gradients, sorted pairs.
     batch = n * ((6 if latents == 1 else 9) * 4 * d + 48 * k)
-    batch += n * 6 * d if plan.device == "cuda" else 0  # the next one, and its 16-bit copy
+    batch += n * 6 * d if plan.device == "cuda" else 0  # the next batch, and its 16-bit copy
     batch += int(n * k * d * choose_kernels(torch.empty(0, device=plan.device), plan.kernels).pair_bytes)
-    # Nested reconstructions: an error of each, and one's gradients by themselves.
+    # Nested reconstructions: the error of each, and the gradients of one at a time.
     blocks = 2 if objective.multi_topk else len(plan.model.prefixes)
     nested = blocks * n * 4 * d + 4 * weights if blocks else 0
     casts = weights if plan.product_dtype != "float32" else 0  # both weights, for the product and AuxK
     tiles = (10 if plan.model.activation in THRESHOLDED else 4) * plan.tile_bytes
-    auxk = 2 * 4 * weights + casts if objective.aux_coef else 0  # of all latents: copies, gradients, casts
+    auxk = 2 * 4 * weights + casts if objective.aux_coef else 0  # copies, gradients, casts, if all latents were dead
     return 2 * casts + batch + nested + tiles + auxk // 2

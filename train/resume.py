@@ -78,8 +78,8 @@ def as_begun(specs: Sequence[RunSpec], saved: Sequence[Checkpoint | None]) -> li
     """The runs, with flags left to defaults taken from the checkpoints that they continue, as the defaults may have
     changed. Batches and held-out documents are the same for all runs."""
     begun, stream = list[RunSpec](), dict[str, int | None]()
-    for spec, one in zip(specs, saved, strict=True):
-        config, record = spec.config, None if one is None else one.trainer.get("config")
+    for spec, checkpoint in zip(specs, saved, strict=True):
+        config, record = spec.config, None if checkpoint is None else checkpoint.trainer.get("config")
         if isinstance(record, dict):
             with reading(f"{config.out}: its training state is damaged", _START_AGAIN):
                 source = config.start_from or record.get("start_from")
@@ -148,7 +148,7 @@ def compare_plans(saved: dict[str, Any], plan: RunPlan, *, longer: bool = False)
         found = f"{name} was {before} when {plan.config.out} was saved and is {after} now"
         if name not in _REPORTED_ONLY:
             same = f"the same flags (--config {config_path(plan.config.out)} has them)"
-            if name == "product_dtype":  # what "auto" stands for depends on the machine
+            if name == "product_dtype":  # --dtype auto depends on the machine
                 if before in ("float16", "int16"):
                     raise IncompatibleError(f"{found}; {before} products are no longer supported: {_START_AGAIN}")
                 same = f"--dtype {before}"
@@ -170,14 +170,7 @@ def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
         and isinstance(metrics.get("loss"), float | int | None)
         and set(measured) <= set(metrics)
         and all(isinstance(metrics[n], float | int) or (metrics[n] is None and n in measured[2:5]) for n in measured),
-        "validation": validation is None
-        or (
-            isinstance(validation, dict)
-            and set(Validation._fields) - {"ratio", "stays_on"} <= set(validation) <= set(Validation._fields)
-            and all(
-                isinstance(n, float | int | None) for v in validation.values() for n in (v if type(v) is list else [v])
-            )
-        ),
+        "validation": validation is None or _is_validation(validation),
         "curve": is_curve(trainer.get("curve", [])),
     }
     ranges = {"updates": (0, step), "vectors": (0, 2**63), "threads": (1, 4096)}  # more threads would take all memory
@@ -200,6 +193,13 @@ def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
             raise IncompatibleError(f"{path}: {reason}; use another checkpoint, or {_START_AGAIN}")
 
 
+def _is_validation(found: Any) -> bool:
+    known = set(Validation._fields)
+    if not isinstance(found, dict) or not known - {"ratio", "stays_on"} <= set(found) <= known:
+        return False
+    return all(isinstance(n, float | int | None) for v in found.values() for n in (v if type(v) is list else [v]))
+
+
 def set_threads(asked: int | None, saved: Sequence[Checkpoint | None], ranks: Ranks = ALONE) -> None:
     """Use the requested number of CPU threads, else that of the checkpoints: sums are split by thread, so the last bits
     depend on it. If other processes of this training run on this machine, the default is a share of the cores."""
@@ -220,9 +220,9 @@ def read_source(plan: RunPlan, data: TrainingData) -> tuple[MLSAE, str]:
     if source.exists() and out.exists() and source.samefile(out):
         raise UsageError(f"--start-from {source} would be replaced by the run's own checkpoint: choose another --out")
     sae, known = read_sae(str(source))
-    there, here = asdict(sae.config), asdict(plan.model)
-    if differing := [name for name in here if name != "k" and there[name] != here[name]]:
-        found = ", ".join(f"{name} is {there[name]} there and {here[name]} here" for name in differing)
+    its, wanted = asdict(sae.config), asdict(plan.model)
+    if differing := [name for name in wanted if name != "k" and its[name] != wanted[name]]:
+        found = ", ".join(f"{name} is {its[name]} there and {wanted[name]} here" for name in differing)
         raise UsageError(f"--start-from {source}: {found}; give the flags of that autoencoder")
     if not data.split.validation.any():
         return sae, ""

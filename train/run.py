@@ -3,8 +3,8 @@
 Exactness: a run's step is a function of its state, which its checkpoint holds, and of batch number `step` of the
 loader's stream, which is a function of the seed. There is no other random state. So a run that is killed and resumed
 ends with the same bits as an uninterrupted one, on the same kind of device with the same number of threads; and a run
-among many ends with the same bits as alone. After a kill, the runs of a sweep may have been saved at different steps:
-the stream then starts where the earliest of them stands, and each run waits for its own next batch.
+among many ends with the same bits as it would alone. After a kill, the runs of a sweep may stand at different steps:
+the stream then starts at the earliest of these, and each run waits for its own next batch.
 """
 
 import contextlib
@@ -62,14 +62,14 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
         data, plans = _planned(config, store, as_begun(specs, saved), ranks)
         if data.follower:
             data.follower.require_once(plans[0].epochs, ranks.size)
-        for plan, one in zip(plans, saved, strict=True):
-            if one is not None:
-                check_resumable(one, store, plan, ranks)
-        announce.warn({restart_warning(plan, one) for plan, one in zip(plans, saved, strict=True) if one is not None})
+        for plan, checkpoint in zip(plans, saved, strict=True):
+            if checkpoint is not None:
+                check_resumable(checkpoint, store, plan, ranks)
+        announce.warn({restart_warning(plan, c) for plan, c in zip(plans, saved, strict=True) if c is not None})
         set_threads(config.hardware.threads, saved, ranks)
         finished = [
-            one.trainer if one is not None and one.trainer["finished"] and not is_longer(plan, one) else None
-            for plan, one in zip(plans, saved, strict=True)
+            None if c is None or not c.trainer["finished"] or is_longer(plan, c) else c.trainer
+            for plan, c in zip(plans, saved, strict=True)
         ]
         records = _train_unfinished(data, plans, saved, finished)
     seconds = time.perf_counter() - began
@@ -79,7 +79,7 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
         curve = record.get("curve", [])
         result = TrainResult(plan=plan, metrics=record["metrics"], validation=held_out, curve=curve, seconds=seconds)
         results.append(result)
-        if not result.diverged and ranks.first:  # its weights would be useless
+        if not result.diverged and ranks.first:  # the weights of a diverged run are useless
             write_outputs(result, anew=before is None)
     if config.publish.push_to_hub is not None and ranks.first:
         announce.say(f"uploaded to {push(results, config.publish)}")
@@ -93,9 +93,9 @@ def try_run(config: TrainConfig, ranks: Ranks = ALONE) -> DryRun:
         specs, memory = _specs(config, store), dict[int, WeightGradients]()
         saved = load_saved(specs, ranks) if config.resume else [None] * len(specs)
         data, plans = _planned(config, store, as_begun(specs, saved), ranks)
-        trainers, begun = [Trainer(plan, data, memory) for plan in plans], [one is not None for one in saved]
+        trainers, resumed = [Trainer(plan, data, memory) for plan in plans], [one is not None for one in saved]
         del saved
-        announce.warn({each.read_source() for each, resumed in zip(trainers, begun, strict=True) if not resumed})
+        announce.warn({t.read_source() for t, is_resumed in zip(trainers, resumed, strict=True) if not is_resumed})
         return _Stream(data, dict.fromkeys(trainers), len(trainers)).measure()
 
 
@@ -143,7 +143,7 @@ def _train_unfinished(
             continue
         left[trainer := Trainer(plan, data, memory)] = saved.pop(0)
         if left[trainer] is None:
-            warnings |= {trainer.read_source()}
+            warnings.add(trainer.read_source())
     announce.warn(warnings)
     if data.follower and data.config.follow and not left:  # A new store, or a crash before `harvest` was told.
         data.follower.end()
@@ -171,7 +171,7 @@ class _Stream:
         split, follower = self.data.split, self.data.follower
         while follower and not follower.ready(0):
             time.sleep(0.05)
-        if follower:  # It may come too late, and then replaces nothing.
+        if follower:  # Raises if this training comes too late, before anything is replaced.
             done = min(0 if one is None else one.trainer["step"] for one in self.saved.values())
             follower.expect(self.data.loader(0, 1).part_ends, self.data.batch_size, done)
         looked_at = split.validation if follower else split.train | split.validation
@@ -232,7 +232,7 @@ class _Stream:
         fresh = [trainer.view for trainer in self.trainers if self.saved[trainer] is None]
         found = statistics_of(fresh, self.data, self.plan.window_bytes)
         for trainer in self.trainers:
-            # Popped, so that a checkpoint's optimiser is not held beside the run's own.
+            # Popped, so that a checkpoint's moments are not in memory together with the run's own.
             trainer.start(self.saved.pop(trainer) or found[trainer.view])
         if all(trainer.diverged for trainer in self.trainers) and len(self.trainers) == self.n_runs:
             self._stop_or_warn(self.trainers)

@@ -39,7 +39,7 @@ from train.validation import Validation
 
 
 class Trainer:
-    """One run: `start` it once, then let it `take` batches."""
+    """One run: call `start` once, then `take` for each batch."""
 
     def __init__(self, plan: RunPlan, data: TrainingData, memory: dict[int, WeightGradients] | None = None) -> None:
         """memory: gradient buffers by n_latents, shared by all trainers and steps: allocation costs as much as use."""
@@ -175,7 +175,7 @@ class Trainer:
                 standardized.x,
                 row_weights(layer, standardized.std, self._denominators, raw=self._raw, n=n),
                 self._dead,
-                self.plan.options_at(self.plan.steps if self.begun[0] else self.step),  # lengthened: as it ended
+                self.plan.options_at(self.plan.steps if self.begun[0] else self.step),  # lengthened: as at its end
                 self._kernels,
                 out=self._gradients(),
                 n=n,
@@ -197,7 +197,7 @@ class Trainer:
         return self._memory[n_latents]
 
     def log(self, *, seconds: float, waited: float) -> dict[str, Any]:
-        """Write and return the metrics since the last line; seconds: time since then, waited: of it for data."""
+        """Write and return the metrics since the last line; seconds: time since then, of which `waited` for data."""
         window = self._window
         self.metrics = self._progress() | window.line()
         self.metrics |= self._data.follower.mixing(self.step) if self._data.follower else {}
@@ -276,7 +276,7 @@ class Trainer:
         return min(self.step * self.plan.chosen.batch_size, self.plan.vectors)
 
     def _progress(self) -> dict[str, Any]:
-        """Where the run is, by step, vectors, tokens and epochs."""
+        """How far the run is, in steps, vectors, tokens and epochs."""
         return {
             "step": self.step,
             "vectors": self.vectors,

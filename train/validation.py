@@ -36,7 +36,7 @@ class Validation(NamedTuple):
     tokens: int
     """Tokens measured; each gives one vector per layer."""
     fvu: float
-    """Mean over layers of the FVU."""
+    """Mean of the layers' FVUs."""
     fvu_per_layer: list[float]
     """FVU of each layer trained on, in raw space; 0 is perfect, 1 no better than the layer's mean."""
     l0: float
@@ -58,7 +58,7 @@ class Validation(NamedTuple):
 
 
 class ValidationTarget(NamedTuple):
-    """An autoencoder to be measured, on the device that the vectors are on."""
+    """An autoencoder to measure, on the same device as the vectors."""
 
     sae: MLSAE
     product_dtype: torch.dtype

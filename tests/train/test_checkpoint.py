@@ -99,7 +99,7 @@ def test_a_threshold_that_is_not_measured_yet_is_no_damage(tmp_path: Path) -> No
             "more than tensors and plain values (torch.ComplexFloatStorage)",
         ),
         (lambda c: c.update(store=[1]), "store and trainer should be mappings"),
-        (lambda c: c["store"].update(layers="x"), "layers should be block indices, found 'x'"),
+        (lambda c: c["store"].update(layers="x"), "layers should be block indices, each once, found 'x'"),
         (lambda c: c["store"].update(validation=3), "validation should have a fraction"),
         (lambda c: c["store"]["validation"].update(fraction="x"), "validation should have a fraction"),
         (lambda c: c["store"]["validation"].update(fraction=float("nan")), "validation should have a fraction"),

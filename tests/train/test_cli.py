@@ -62,7 +62,7 @@ def steps_logged(out: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint of a run that nobody disturbed."""
+    """The checkpoint of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "ckpt.pt"
     done = run(store, out, "--json")
     assert done.returncode == 0, done.stderr
@@ -132,7 +132,7 @@ def test_wrong_input_gets_one_line_and_its_exit_code(
 def test_the_number_of_latents_is_said_once(
     store: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On the command line, in a file, or in both; what a run leaves says it once, so it can be given back."""
+    """On the command line, in a file, or in both; the written flags have it once, so that they can be used again."""
     options = tmp_path / "options.toml"
     options.write_text("expansion-factor = 2\n")
     both = "--n-latents 600 and --expansion-factor 2 both set the number of latents: give only one"

@@ -1,4 +1,4 @@
-"""A resume in other surroundings goes on, and says in one line what changed."""
+"""A resume in other surroundings continues, and says in one line what changed."""
 
 from pathlib import Path
 

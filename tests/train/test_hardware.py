@@ -1,4 +1,4 @@
-"""What is decided by what the machine offers: the type of products."""
+"""The type of products, chosen by what the machine offers."""
 
 import pytest
 import torch

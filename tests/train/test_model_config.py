@@ -1,4 +1,4 @@
-"""A configuration that cannot be meant is refused, whoever wrote it: a checkpoint's comes from a file."""
+"""An impossible configuration is refused wherever it comes from: a checkpoint's comes from a file."""
 
 from typing import Any
 

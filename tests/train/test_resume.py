@@ -1,4 +1,4 @@
-"""What a resume refuses by name, what it warns of, and plans of checkpoints from before an option was there."""
+"""What a resume refuses by name, what it warns of, and plans of checkpoints that are older than an option."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def plan(store: Path) -> RunPlan:
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_every_difference_between_plans_is_named(store: Path, name: str) -> None:
-    """Of what the activation function uses; earlier versions took flags that it does not, and kept them."""
+    """Only flags that the activation function uses count; earlier versions accepted and recorded others."""
     activation = ONLY_FOR.get(name, ("topk",))[0]
     plan = plan_of(ActivationStore.open(store), k=2, activation=activation)
     if name in ONLY_FOR:

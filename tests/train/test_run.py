@@ -113,7 +113,7 @@ def test_a_run_is_a_function_of_its_seed(config: TrainConfig) -> None:
 
 
 def test_starting_anew_leaves_nothing_of_the_run_before(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped before its first checkpoint, it must not stand there as the old weights beside the new flags."""
+    """A run stopped before its first checkpoint must not leave the old weights beside the new flags."""
     train(config)
     beside = [config.out.with_name(name) for name in ("ckpt.pt", "ckpt.safetensors", "ckpt.loss.png")]
     assert all(path.exists() for path in beside)
@@ -171,7 +171,7 @@ def test_a_rate_that_is_far_too_high_is_to_be_lowered_and_a_short_run_lengthened
 
 
 def test_validation_and_logging_do_not_touch_the_run(config: TrainConfig) -> None:
-    """Mistake 1: dead counters that tick in evaluation. Weights and counters are the same however often one looks."""
+    """Mistake 1: dead counters that tick in evaluation. Validating more often changes neither weights nor counters."""
     ends = []
     for validate_every, log_every in ((0, 100), (1, 3)):
         train(with_values(config, validate_every=validate_every, log_every=log_every, overwrite=True))
@@ -411,7 +411,7 @@ def test_a_validation_that_was_cut_short_is_made_up_for(
 def test_a_store_that_is_exchanged_while_it_is_trained_on(
     config: TrainConfig, tmp_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing of the other store is used: what was trained is saved, and goes on once the store is back."""
+    """Nothing of the other store is used: the run is saved, and continues once the right store is back."""
     here, away, other = (tmp_path / f"{name}.zarr" for name in ("here", "away", "other"))
     shutil.copytree(config.store, here)
     make_store(other, random_activations(n_tokens=400, seed=1), chunk_tokens=32)

@@ -106,7 +106,7 @@ def test_dropped_tokens_are_not_validated(tmp_path: Path) -> None:
 
 
 def test_one_token_is_none_to_measure_on(tmp_path: Path) -> None:
-    """It is its own mean, so that FVU is no number."""
+    """A single token is its own mean, so FVU is not defined."""
     store = make_store(tmp_path / "s.zarr", random_activations())
     for n in (0, 1, 2):
         assert bool(ValidationData(store, np.arange(300) < n, [0], seed=0)) == (n == 2)

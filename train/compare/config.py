@@ -15,10 +15,10 @@ class TrainCompareConfig:
     """Which autoencoders to compare, and on what."""
 
     store: Path
-    """Store of activations that they are measured on."""
+    """Store of activations to measure them on."""
     sae: tuple[str, ...]
     """Checkpoints, folders or hub ids, in any format that `residscope convert` reads. Checkpoints of single layers
-    whose names differ in layer=N alone (as --per-layer writes them) count as one set; a folder may hold such sets, or
+    whose names differ only in layer=N (as --per-layer writes them) count as one set; a folder may hold such sets, or
     the runs of a --sweep."""
     out: Path = Path("comparison")
     """Folder for compare.parquet, compare.json and the figure."""
@@ -26,13 +26,13 @@ class TrainCompareConfig:
     """Add the linear baselines: as many principal components as latents may be active, one set for all layers and one
     for each layer."""
     cross: bool = False
-    """Measure each single-layer autoencoder on the layers of the others too, which takes as many times as long."""
+    """Measure each single-layer autoencoder on all layers of the store, which takes as many times as long."""
     tokens: int = 4096
-    """Held-out tokens to measure on, at most."""
+    """Most held-out tokens to measure on."""
     fit_tokens: int = 8192
-    """Training tokens that the principal components are fitted on, at most."""
+    """Most training tokens to fit the principal components on."""
     validation_fraction: float = 0.5
-    """Share of the documents that count as held out where no checkpoint says which were."""
+    """Share of the documents that count as held out if no checkpoint records which were."""
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:1, ...; auto: CUDA if there is one."""
     json: bool = False

@@ -46,37 +46,37 @@ class Entrant:
     """One line of the comparison: an autoencoder for all layers, or a set of one for each."""
 
     name: str
-    """What the user calls it."""
+    """Its name in the output."""
     kind: str
     """"multi-layer", "per-layer" or "pca"."""
     members: dict[int | None, MLSAE] = field(default_factory=dict)
     """Autoencoders by the layer that they are measured for; None: all layers."""
     vectors: int | None = 0
-    """Vectors trained on, by all members together; None where it is not recorded."""
+    """Vectors trained on, by all members together; None if not recorded."""
     trained_on: frozenset[int] | None = None
     """Layers that a multi-layer autoencoder was trained on; None if not recorded or if `members` names them."""
     found: dict[int | None, Validation] = field(default_factory=dict)
     """Each member's measurement, on all layers of the store."""
 
     def n_latents(self) -> int:
-        """Latents of all members together; of PCA, components."""
+        """Latents of all members together; for PCA, components."""
         total = sum(sae.config.n_latents for sae in self.members.values())
         return total // 2 if self.kind == "pca" else total
 
     def k(self) -> int:
-        """Latents that may be active on one vector; 0 where nothing limits them."""
+        """Latents that may be active per vector; 0 if nothing limits them."""
         return max(sae.config.active for sae in self.members.values())
 
     def own_layers(self, layers: Sequence[int]) -> list[int]:
-        """Those of `layers` that a member was trained on; all of them where that is not recorded."""
+        """Those of `layers` that a member was trained on; all of them if that is not recorded."""
         if None not in self.members:
             return [layer for layer in layers if layer in self.members]
         return [layer for layer in layers if self.trained_on is None or layer in self.trained_on]
 
     def by_layer(self, layers: Sequence[int], name: str) -> list[float | None]:
-        """`fvu_per_layer` or `l0_per_layer`, each layer's by its own member; None where there is none."""
-        found = [self.found.get(layer, self.found.get(None)) for layer in layers]
-        return [None if each is None else getattr(each, name)[i] for i, each in enumerate(found)]
+        """`fvu_per_layer` or `l0_per_layer`, at each layer its own member's; None for a layer without one."""
+        measured = [self.found.get(layer, self.found.get(None)) for layer in layers]
+        return [None if each is None else getattr(each, name)[i] for i, each in enumerate(measured)]
 
 
 class Match(NamedTuple):
@@ -99,9 +99,9 @@ class Comparison:
     tokens: int
     """Held-out tokens measured on."""
     store: dict[str, Any]
-    """Which data: path and content_hash."""
+    """The data: path and content_hash."""
     matches: list[Match]
-    """Each autoencoder for several layers with each other one."""
+    """Each autoencoder for several layers against each other one."""
 
 
 def compare(config: TrainCompareConfig) -> Comparison:
@@ -122,20 +122,20 @@ def compare(config: TrainCompareConfig) -> Comparison:
                     f"{' '.join(map(str, store.meta.layers))}: harvest the layers that it was trained on"
                 )
         held_out, trained = _split(store, [checkpoint for _, checkpoint in checkpoints], config.validation_fraction)
-        own = {layer for entrant in entrants for layer in entrant.own_layers(store.meta.layers)}
-        if few := few_tokens(store, held_out, layers=[i for i, layer in enumerate(store.meta.layers) if layer in own]):
+        used = {layer for entrant in entrants for layer in entrant.own_layers(store.meta.layers)}
+        if few := few_tokens(store, held_out, layers=[i for i, layer in enumerate(store.meta.layers) if layer in used]):
             _say(f"warning: {few.words}")
         positions = list(range(store.meta.n_layers))
         source = VectorSource(positions, store.meta.stored_dtype, device)
         if config.pca:
-            budgets = sorted({entrant.k() for entrant in entrants} - {0})  # 0: not known, of relu and jumprelu
+            budgets = sorted({entrant.k() for entrant in entrants} - {0})  # 0: no limit or not known
             training = ValidationData(store, trained, positions, seed=0)
             entrants += _baselines(training, source, store.meta, budgets, config.fit_tokens)
         data = ValidationData(store, held_out, positions, seed=0)
         members = [(entrant, layer, sae) for entrant in entrants for layer, sae in entrant.members.items()]
         own = [_only_position(*member, store.meta.layers, config.cross) for member in members]
         saes = [sae.to(device) for *_, sae in members]
-        targets = [ValidationTarget(sae, torch.float32, place) for sae, place in zip(saes, own, strict=True)]
+        targets = [ValidationTarget(sae, torch.float32, position) for sae, position in zip(saes, own, strict=True)]
         fired = list[torch.Tensor]()
         measured = data.evaluate(targets, source, tokens=config.tokens, fired=fired)
         for (entrant, layer, _), position, found in zip(members, own, measured, strict=True):
@@ -161,8 +161,8 @@ def _matches(runs: Sequence[tuple[str, torch.Tensor]]) -> list[Match]:
             cosines = part @ others.T
             there.append(cosines.amax(dim=1))
             back = torch.maximum(back, cosines.amax(dim=0))
-        for one, two, best in ((name, other, torch.cat(there)), (other, name, back)):
-            found[one, two] = Match(one, two, best.mean().item(), (best > FOUND).double().mean().item())
+        for run, target, best in ((name, other, torch.cat(there)), (other, name, back)):
+            found[run, target] = Match(run, target, best.mean().item(), (best > FOUND).double().mean().item())
     return [found[pair] for pair in itertools.permutations((name for name, _ in runs), 2) if pair in found]
 
 
@@ -171,7 +171,7 @@ def _say(text: str) -> None:
 
 
 def _read(source: str) -> list[tuple[str, Checkpoint]]:
-    """The checkpoint `source`, or those of a sweep or of single layers in the folder `source`, with names."""
+    """The checkpoint `source`, or those of a sweep or of single layers in the folder `source`, with their names."""
     path = local_copy(as_path(source))
     inside = sorted(path.glob("*=*.pt")) if path.is_dir() else []
     if inside:
@@ -203,8 +203,8 @@ def _entrants(checkpoints: Sequence[tuple[str, Checkpoint]]) -> list[Entrant]:
 
 
 def _only_position(entrant: Entrant, layer: int | None, sae: MLSAE, layers: Sequence[int], cross: bool) -> int | None:
-    """None: the autoencoder is to be measured on every layer of the store; else the position of its own layer."""
-    known, name = sae.config.layers, entrant.name  # layers are known to one that standardises by layer
+    """None: the autoencoder is measured on every layer of the store; else the position of its own layer."""
+    known, name = sae.config.layers, entrant.name  # empty unless it standardises by layer
     if known == tuple(layers) or (not known and (cross or layer not in layers)):
         return None
     if layer is None or layer not in layers:

@@ -1,9 +1,9 @@
 """The linear baseline: k principal components of standardised vectors, alone or as an autoencoder like any other.
 
-Fitted on vectors standardised each by itself, as an autoencoder's inputs are by default. As an autoencoder, a component
-c has two latents, c and -c: one of the two pre-activations is positive, whichever sign the coefficient has, so that the
-k largest after ReLU are the k coefficients, and the decoder adds them up to the mean plus the projection on k
-components. So the baseline is measured by the very code that measures autoencoders.
+Fitted on vectors that are each standardised on their own, as an autoencoder's inputs are by default. As an autoencoder,
+a component c has two latents, c and -c: whichever sign the coefficient has, one of the two pre-activations is positive,
+so the k largest after ReLU are the k coefficients, and the decoder adds up the mean and the projection on the k
+components. So the code that measures autoencoders also measures the baseline.
 
 Shapes: N vectors, D d_model, k components.
 """
@@ -46,7 +46,7 @@ class PCASums:
         return whole
 
     def add(self, x_std: Tensor, product_dtype: torch.dtype = torch.float64) -> None:
-        """Count vectors [N, D]; the products of a batch are made in `product_dtype`."""
+        """Add vectors [N, D]; the products of a batch are computed in `product_dtype`."""
         x = x_std.to(product_dtype)
         self.n += len(x)
         self.total += x_std.double().sum(dim=0)
@@ -69,7 +69,7 @@ class Components(NamedTuple):
     """[k, D] orthonormal, largest variance first."""
 
     def autoencoder(self) -> MLSAE:
-        """An autoencoder on the CPU that reconstructs as these components do."""
+        """An autoencoder on the CPU with the same reconstructions as these components."""
         k = len(self.directions)
         sae = MLSAE(SAEConfig(d_model=len(self.mean), n_latents=2 * k, k=k))
         rows = torch.cat([self.directions, -self.directions]).float()

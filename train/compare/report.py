@@ -42,7 +42,7 @@ def as_json(result: Comparison) -> dict[str, Any]:
 
 
 def write(result: Comparison, folder: Path) -> list[str]:
-    """Write the files, the figure where matplotlib is installed; their names."""
+    """Write the files, with the figure if matplotlib is installed; returns their names."""
     import pandas as pd
 
     pd.DataFrame(_rows(result)).to_parquet(folder / "compare.parquet", index=False)
@@ -86,7 +86,7 @@ def words(result: Comparison) -> str:
 
 
 def _found_again(result: Comparison) -> list[str]:
-    """The second table on the terminal, of autoencoders for several layers."""
+    """The second table on the terminal, for autoencoders of several layers."""
     names = list(dict.fromkeys(match.run for match in result.matches))
     cells = {(match.run, match.other): f"{match.mmcs:.3f} ({match.found:.0%})" for match in result.matches}
     if not names:
@@ -95,11 +95,8 @@ def _found_again(result: Comparison) -> list[str]:
         "the row's latents found in the column's autoencoder: mean over those that fired of the highest cosine of "
         f"decoder rows (1: all are there), and the share above {FOUND}"
     )
-    return [
-        "",
-        title,
-        *aligned([["", *names], *([row, *(cells.get((row, name), "") for name in names)] for row in names)]),
-    ]
+    rows = [[row, *(cells.get((row, name), "") for name in names)] for row in names]
+    return ["", title, *aligned([["", *names], *rows])]
 
 
 def _rows(result: Comparison) -> list[dict[str, Any]]:
@@ -126,7 +123,7 @@ def _rows(result: Comparison) -> list[dict[str, Any]]:
 
 
 def _draw(result: Comparison, path: Path) -> None:
-    """FVU against the layer as a PNG, where matplotlib is installed."""
+    """Plot FVU against the layer as a PNG, if matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -151,13 +148,13 @@ def _draw(result: Comparison, path: Path) -> None:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Mean over layers; None unless every layer has a value, so that means are of the same layers."""
+    """Mean over layers; None unless every layer has a value, so that all means are over the same layers."""
     there = [value for value in values if value is not None]
     return sum(there) / len(there) if there and len(there) == len(values) else None
 
 
 def own_mean(entrant: Entrant, layers: Sequence[int], name: str = "fvu_per_layer") -> float | None:
-    """Mean FVU, or another number, over those of the store's `layers` that the entrant was trained on."""
+    """Mean FVU, or the number `name`, over those of the store's `layers` that the entrant was trained on."""
     values = entrant.by_layer(layers, name)
     return mean([values[list(layers).index(layer)] for layer in entrant.own_layers(layers)])
 

@@ -1,1 +1,1 @@
-"""Autoencoders in our own and in other projects' formats: `train.formats.files` reads and writes them."""
+"""Autoencoders in our own and other projects' formats: `train.formats.files` reads and writes them."""

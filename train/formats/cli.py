@@ -1,6 +1,6 @@
-"""`residscope convert SRC DST --to FORMAT`: an autoencoder from one project's format into another's.
+"""`residscope convert SRC DST --to FORMAT`: an autoencoder from one project's format to another's.
 
-Beside the weights goes a model card, README.md. What the target format cannot say is printed.
+Writes a model card, README.md, beside the weights, and prints what the target format cannot express.
 
 Tested in tests/train/formats/test_hub.py.
 """
@@ -19,7 +19,7 @@ COMMAND = "residscope convert"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command on `argv` (default: the process's own); the exit code."""
+    """Run the command on `argv` (default: the process's own) and return the exit code."""
     return run_command(COMMAND, lambda: _convert(_parser().parse_args(argv)))
 
 
@@ -35,9 +35,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SRC", help="ckpt.pt, a folder in any format, or a hub id (owner/name)")
-    parser.add_argument("destination", metavar="DST", type=Path, help="folder to write; made if need be")
+    parser.add_argument("destination", metavar="DST", type=Path, help="folder to write; made if necessary")
     parser.add_argument("--to", required=True, choices=FORMATS, help="format to write")
-    which = "which autoencoder of SRC, where it holds one per sub-folder (hookpoint)"
+    which = "which autoencoder of SRC, if it holds one per sub-folder (hookpoint)"
     parser.add_argument("--subfolder", metavar="NAME", help=which)
     parser.add_argument("--revision", metavar="TEXT", help="branch, tag or commit of a hub SRC")
     parser.add_argument(
@@ -45,12 +45,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         nargs="+",
         default=(),
-        help="saelens and sparsify: write a complete copy into a sub-folder for each of these names, such as layers.3",
+        help="saelens and sparsify: write a complete copy to a sub-folder for each of these names, such as layers.3",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in DST already")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are already in DST")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="afterwards upload DST to this hub repository")
     parser.add_argument("--private", action="store_true", help="make that repository private if it is new")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of words")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
 
 
@@ -63,7 +63,8 @@ def _convert(options: argparse.Namespace) -> None:
 
     refuse_inside_store(options.destination, "DST")
     weights, others = files.outputs(options.destination, options.to, options.hookpoints)
-    if options.destination not in ((source := Path(options.source)), source.parent):  # in place, two are wanted
+    source = Path(options.source)
+    if options.destination not in (source, source.parent):  # in its own folder both formats are wanted
         for name in {*files.known_files()} - {*weights, *others}:
             if (there := options.destination / name).exists():
                 raise UsageError(f"{there} is there, in another format: choose another folder, or remove it")

@@ -1,4 +1,4 @@
-"""Reading and writing autoencoders in our own and in other projects' formats, from a local folder or the hub.
+"""Reading and writing autoencoders in our own and other projects' formats, from a local folder or the hub.
 
     sae, origin = read_sae("tim-lawson/mlsae-pythia-70m-deduped-x64-k32")      # or a folder, or ckpt.pt
     write_sae(sae, Path("out"), "saelens", store=origin.store)
@@ -49,7 +49,7 @@ CARD = "README.md"
 OVERWRITE = ", or overwrite it (--overwrite)"
 EXPORT_FORMAT = "residscope 1"
 _HASH = "xxh3_128"
-"""Key in the export's header."""
+"""The key of the check sum in the export's header."""
 
 
 class Written(NamedTuple):
@@ -73,11 +73,11 @@ def read_sae(
 
 
 def read_checkpoint(source: str | Path, *, subfolder: str | None = None, revision: str | None = None) -> Checkpoint:
-    """What is in `source`: a checkpoint file, a folder in any known format, or a hub id (`owner/name`).
+    """Read `source`: a checkpoint file, a folder in any known format, or a hub id (`owner/name`).
 
-    subfolder: which of several, such as sparsify's "layers.3"; may be left out where there is one. revision: branch,
-    tag or commit on the hub. Raises `UsageError` where nothing is found, or several and none was chosen,
-    `ResidscopeError` where the hub does not answer, `IncompatibleError` for what cannot be represented or is damaged.
+    subfolder: which of several, such as sparsify's "layers.3"; may be left out if there is only one. revision: branch,
+    tag or commit on the hub. Raises `UsageError` if nothing is found, or several and none was chosen, `ResidscopeError`
+    if the hub does not answer, `IncompatibleError` for what cannot be represented or is damaged.
     """
     path = local_copy(as_path(source))
     on_hub = not path.exists()
@@ -118,12 +118,12 @@ def write_sae(
     overwrite: bool = False,
     card: Callable[[tuple[str, ...]], str] | None = None,
 ) -> Written:
-    """Write `sae` into `folder` (made if need be) in format `to`; all files appear together.
+    """Write `sae` to `folder` (made if necessary) in format `to`; all files appear together.
 
-    store, trainer: as in `Checkpoint`; kept where the format has room. hookpoints: for SAELens and sparsify, write one
-    whole copy into a sub-folder of each of these names; SAELens also records the name as its hook. card: gives the
-    README.md, from the notes. Raises `UsageError` where files are there already and `overwrite` is not set,
-    `IncompatibleError` for what the format cannot say.
+    store, trainer: as in `Checkpoint`; kept if the format has room. hookpoints: for SAELens and sparsify, write one
+    whole copy to a sub-folder of each of these names; SAELens also records the name as its hook. card: makes the
+    README.md from the notes. Raises `UsageError` if files exist already and `overwrite` is not set,
+    `IncompatibleError` for what the format cannot express.
     """
     weights, others = outputs(folder, to, hookpoints)
     names = [*weights, *others, *([CARD] if card else [])]
@@ -152,7 +152,7 @@ def write_sae(
 
 
 def outputs(folder: Path, to: Format, hookpoints: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-    """Names that `write_sae` would write in `folder`, of weights and others; `UsageError` for clashing hookpoints."""
+    """Names of the weights and the other files that `write_sae` would write; `UsageError` for clashing hookpoints."""
     if folder.suffix in _FILE_KINDS or (folder.exists() and not folder.is_dir()):
         raise UsageError(f"{folder}: give a folder to write into; the files' names are the format's own")
     if hookpoints and to not in ("saelens", "sparsify"):
@@ -191,7 +191,7 @@ def write_safetensors(
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
         entries[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
-    # The library's own order of the header's keys differs from one time to the next, and it copies all tensors.
+    # Not by the library: it orders the header's keys differently each time, and copies all tensors.
     text = json.dumps(dict(sorted(entries.items())), separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     atomic_write(path, [len(text).to_bytes(8, "little"), text, *map(_as_bytes, tensors.values())])
@@ -216,7 +216,7 @@ def _folder_hash(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> st
 
 
 def read_safetensors(path: Path) -> Checkpoint:
-    """Read what `write_safetensors` wrote; `IncompatibleError` if it is something else or damaged."""
+    """Read a file of `write_safetensors`; `IncompatibleError` if it is something else or damaged."""
     with _open(path) as file:
         header = file.metadata() or {}
         if header.get("format") != EXPORT_FORMAT:
@@ -242,7 +242,7 @@ def read_safetensors(path: Path) -> Checkpoint:
 
 
 def _read_file(path: Path, shown: str | None = None) -> Checkpoint:
-    """One weights file, whose name says its format; `shown` is what the user calls it."""
+    """One weights file, whose name tells its format; `shown` is its name for the user."""
     for name, layout in LAYOUTS.items():
         if path.name == layout.weights_file:
             return _read_foreign(path, name, shown or str(path))
@@ -251,18 +251,18 @@ def _read_file(path: Path, shown: str | None = None) -> Checkpoint:
 
 
 def _read_foreign(path: Path, format: ForeignFormat, name: str) -> Checkpoint:
-    """A foreign folder's autoencoder, whose weights are `path`; `name` is what the user calls it."""
+    """A foreign folder's autoencoder, whose weights are `path`; `name` is its name for the user."""
     layout = LAYOUTS[format]
     config = _read_json(path.with_name(layout.config_file))
     try:
         tensors = _tensors(path)
-        if repr(_read_json(path.with_name(layout.config_file))) != repr(config):  # NaN equals nothing
+        if repr(_read_json(path.with_name(layout.config_file))) != repr(config):  # NaN does not equal itself
             raise IncompatibleError(f"{name}: {layout.config_file} was changed while the weights were read; try again")
         parsed = layout.parse(Reader(tensors, name), config)
         ours, notes = mapping(parsed.ours), parsed.notes
         expected = ours.pop(_HASH, None)
         if ours and expected is None:
-            notes += (f"{name}: without a check sum (an earlier version wrote none): damage would not be found",)
+            notes += (f"{name}: without a check sum (an earlier version wrote none): damage would go unnoticed",)
         elif ours and expected != _folder_hash(config, tensors):
             raise IncompatibleError(
                 f"{name}: its check sum is wrong: the weights or {layout.config_file} were changed after residscope"
@@ -286,13 +286,13 @@ def known_files() -> tuple[str, ...]:
 
 
 def _formats_in(folder: Path) -> list[Path]:
-    """The weights files directly in `folder`; of our own two, the checkpoint."""
+    """The weights files directly in `folder`; only the checkpoint, if both of ours are there."""
     found = [folder / name for name in known_files() if (folder / name).is_file()]
     return [path for path in found if path.name != EXPORT] or found
 
 
 def _subfolders(folder: Path) -> list[str]:
-    """Sub-folders, at any depth, that hold an autoencoder or (of a hub repository) so far only its configuration."""
+    """Sub-folders, at any depth, with an autoencoder or (from a hub repository) so far only its configuration."""
     wanted = {*known_files(), "cfg.json"}
     found = {path.parent for path in folder.rglob("*") if path.name in wanted and path.parent != folder}
     return sorted((path.relative_to(folder).as_posix() for path in found), key=_natural)
@@ -304,7 +304,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _fetch(repo_id: str, subfolder: str | None, revision: str | None) -> Path:
-    """The files of one autoencoder on the hub; without `subfolder` and with none at the top, all the configurations."""
+    """The files of one autoencoder on the hub; without `subfolder`, if there is none at the top, all configurations."""
     files = [*known_files(), *{layout.config_file for layout in LAYOUTS.values()}]
     if subfolder:
         return fetch(repo_id, revision=revision, patterns=[f"{subfolder.strip('/')}/{name}" for name in files])
@@ -318,7 +318,7 @@ def _fetch(repo_id: str, subfolder: str | None, revision: str | None) -> Path:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    """All of a file, or what is below `autoencoder.`, copied out of it, so that what is checked is what is used."""
+    """All tensors of a file, or those below `autoencoder.`, copied, so that what is checked is what is used."""
     with _open(path) as file:
         names = list(file.keys())
         inner = [name for name in names if name.startswith("autoencoder.")]
@@ -341,7 +341,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """`value` without what JSON cannot hold (tensors, arrays)."""
+    """`value` without what JSON cannot represent (tensors, arrays)."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items() if _is_plain(item)}
     return [_plain(item) for item in value if _is_plain(item)] if isinstance(value, list | tuple) else value

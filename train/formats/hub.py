@@ -1,6 +1,6 @@
-"""Autoencoders on the Hugging Face hub: fetching only the files of one, describing it in a model card, and uploading.
+"""Autoencoders on the Hugging Face hub: fetching the files of one, describing it in a model card, and uploading it.
 
-What is on the hub is read through `huggingface_hub`, cache and `HF_HUB_OFFLINE` included.
+Reads through `huggingface_hub`, including its cache and `HF_HUB_OFFLINE`.
 """
 
 import json
@@ -16,16 +16,16 @@ from train.metrics import read_metrics
 from train.model_config import SAEConfig
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-"""owner/name; whether there is such a repository, only the hub knows."""
+"""owner/name; only the hub knows whether the repository exists."""
 
 UPLOADED = ("*.safetensors", "*.json", "*.jsonl", "*.md", "*.png")
-"""What goes to the hub: no `ckpt.pt`, which may hold the optimiser's state and is not read by others."""
+"""The files to upload: not `ckpt.pt`, which may hold the optimiser's state and which other tools do not read."""
 
 
 def fetch(repo_id: str, *, revision: str | None = None, patterns: Sequence[str]) -> Path:
-    """The local folder with those files of hub repository `repo_id` that match `patterns`; files it lacks are no error.
+    """The local folder with the files of hub repository `repo_id` that match `patterns`, of which some may be missing.
 
-    `UsageError` for no such repository or revision, `ResidscopeError` if it may not be read, or offline and not cached.
+    `UsageError` for no such repository or revision; `ResidscopeError` if it may not be read, or offline and not cached.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -42,17 +42,17 @@ def fetch(repo_id: str, *, revision: str | None = None, patterns: Sequence[str])
         kind, reason = UsageError, "the hub has no such repository (a private one needs `hf auth login`)"
     except ValueError as error:  # no valid repository id
         kind, reason = UsageError, said(error)
-    except Exception as error:  # what the network raises depends on the HTTP client of the hub library's version
+    except Exception as error:  # network errors depend on the HTTP client of the hub library's version
         reason = f"it is not in the local cache and the hub cannot be reached ({said(error)}): "
         reason += "connect, or copy the folder here and give its path"
     raise kind(f"{repo_id}{at}: no such local file or folder, and from the hub: {reason}")
 
 
 def push_to_hub(folder: Path, repo_id: str, *, private: bool = False) -> str:
-    """Upload the weights, configuration, metrics and card of `folder` to hub repository `repo_id`; its address.
+    """Upload the weights, configuration, metrics and card of `folder` to hub repository `repo_id`; returns its address.
 
-    The repository is made if need be. The account is the one of `hf auth login` or the variable HF_TOKEN. Raises
-    `ResidscopeError` if there is nothing to upload, or when the hub refuses or cannot be reached.
+    Creates the repository if necessary. The account is that of `hf auth login` or the variable HF_TOKEN. Raises
+    `ResidscopeError` if there is nothing to upload, or if the hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import LocalTokenNotFoundError
@@ -66,13 +66,13 @@ def push_to_hub(folder: Path, repo_id: str, *, private: bool = False) -> str:
         api.upload_folder(repo_id=repo_id, folder_path=str(folder), allow_patterns=[*UPLOADED], commit_message=message)
     except LocalTokenNotFoundError:
         raise ResidscopeError(f"{repo_id}: not logged in: run `hf auth login`, or set HF_TOKEN") from None
-    except Exception as error:  # what the network raises depends on the HTTP client of the hub library's version
+    except Exception as error:  # network errors depend on the HTTP client of the hub library's version
         raise ResidscopeError(f"{repo_id}: the upload failed: {said(error)}") from error
     return f"https://huggingface.co/{repo_id}"
 
 
 def last_metrics(path: Path) -> dict[str, Any]:
-    """The last training line of a metrics file, with the last validation line below "validation"; {} without a file."""
+    """The last training line of a metrics file, with the last validation line under "validation"; {} without a file."""
     if not path.is_file():
         return {}
     found: dict[str, Any] = {}
@@ -95,8 +95,8 @@ def model_card(
 ) -> str:
     """A README.md for the hub: what the autoencoder is, what it was trained on, how well it does, how to use it.
 
-    metrics: what `last_metrics` gives. notes: what a format could not say. license: of the weights. repo_id, subfolder:
-    where it goes. What is not known is said not to be recorded.
+    metrics: as from `last_metrics`. notes: what a format could not express. license: of the weights. repo_id,
+    subfolder: where it goes. Unknown values are given as "not recorded".
     """
     model = checkpoint.store.get("model")
     front = {

@@ -1,8 +1,8 @@
 """How other projects lay out one sparse autoencoder: tensor names, configuration keys, and what they mean.
 
-Here are mlsae (the paper's own models), sparsify, and the pieces that all layouts share; SAELens is in
-`train.formats.saelens`. `parse_*` turns what a folder holds into our weights; `lay_out_*` does the reverse. Both keep
-reconstructions: what a layout can say differently (a decoder norm folded out of the encoder) is worked into the
+Here are mlsae (the paper's own models), sparsify, and the code that all layouts share; SAELens is in
+`train.formats.saelens`. `parse_*` turns the contents of a folder into our weights; `lay_out_*` does the reverse. Both
+keep reconstructions: what a layout expresses differently (a decoder norm folded out of the encoder) is folded into the
 weights, and what would change the result is refused by name. Nothing here touches a disk or a network;
 `train.formats.files` does.
 
@@ -31,7 +31,7 @@ OURS = "residscope"
 """The key under which we keep our own configuration and the store's record; the other tools ignore it."""
 
 DEAD_STEPS = 76
-"""mlsae's `dead_steps_threshold`, which only its training reads: 10 million tokens in batches of 131,072."""
+"""mlsae's `dead_steps_threshold`, read only by its training: 10 million tokens in batches of 131,072."""
 
 STANDARDIZED_INPUTS = (
     "sparsify does not standardise: give it vectors that have lost their own mean and been divided by their own "
@@ -46,11 +46,11 @@ class Parsed:
     sae: MLSAE
     """The autoencoder, float32, on the CPU."""
     model: str | None = None
-    """Which transformer it was trained on, where the folder says so."""
+    """The transformer it was trained on, if the folder says."""
     layers: list[int] | None = None
-    """Which blocks' outputs it was trained on, where the folder says so."""
+    """The blocks whose outputs it was trained on, if the folder says."""
     ours: Mapping[str, Any] = field(default_factory=dict)
-    """What is kept under `OURS`, where one of our own autoencoders was converted."""
+    """What is kept under `OURS`, if it was converted from one of our own."""
     notes: tuple[str, ...] = ()
     """What a user has to know that the weights do not say."""
 
@@ -106,7 +106,7 @@ class Reader(NamedTuple):
 
 
 def assemble(config: SAEConfig, *, b_enc: Tensor | None = None, **tensors: Tensor) -> MLSAE:
-    """The autoencoder of these tensors; an encoder bias that is zero everywhere is left out."""
+    """The autoencoder with these tensors; an encoder bias that is zero everywhere is left out."""
     if b_enc is not None and bool((b_enc != 0).any()):
         config, tensors = replace(config, encoder_bias=True), {**tensors, "b_enc": b_enc}
     sae = MLSAE(config)
@@ -115,12 +115,12 @@ def assemble(config: SAEConfig, *, b_enc: Tensor | None = None, **tensors: Tenso
 
 
 def encoder_bias(sae: MLSAE) -> Tensor:
-    """[M] its encoder bias, or zeros."""
+    """[M] the encoder bias, or zeros."""
     return sae.b_enc if sae.config.encoder_bias else torch.zeros(sae.config.n_latents)
 
 
 def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors float32, on the CPU, one block of memory each, none shared."""
+    """Copies of the tensors: float32, on the CPU, each contiguous."""
     own = {"device": "cpu", "dtype": torch.float32, "memory_format": torch.contiguous_format, "copy": True}
     return {name: tensor.detach().to(**own) for name, tensor in tensors.items()}
 
@@ -131,7 +131,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def checked_k(found: Any, n_latents: int, where: str) -> int:
-    """k as a configuration gives it, if that is possible."""
+    """k as a configuration gives it; `IncompatibleError` if it is impossible."""
     if type(found) is not int or not 1 <= found <= n_latents:
         wanted = f"a whole number from 1 to n_latents {n_latents}"
         raise IncompatibleError(f"{where}: k should be {wanted}, the configuration says {found!r}")
@@ -155,10 +155,10 @@ def flag(config: Mapping[str, Any], name: str, default: bool, where: str) -> boo
 
 
 def key_notes(config: Mapping[str, Any], known: Collection[str], taken: Mapping, where: str) -> tuple[str, ...]:
-    """What a user has to know of a configuration's keys: which are not known here, and which decide and are missing.
+    """Notes on a configuration's keys: which are unknown here, and which are missing though the result depends on them.
 
-    taken: keys that decide what is computed, and in words what is taken where one is missing; known: the others.
-    Raises `IncompatibleError` for a key that is one letter away from a known one that is missing: a damaged name.
+    taken: keys that the result depends on, with the value assumed if one is missing; known: the other known keys.
+    Raises `IncompatibleError` for a key that is one letter away from a known key that is missing: a damaged name.
     """
     unknown, notes = sorted({*config} - {*known, *taken}), ()
     for near in {*known, *taken} - {*config}:
@@ -184,7 +184,7 @@ def mapping(found: Any) -> dict[str, Any]:
 
 
 def parse_mlsae(reader: Reader, config: Mapping[str, Any]) -> Parsed:
-    """mlsae's `model.safetensors` and `config.json`; of a `-tfm` repository, only what is below `autoencoder.`."""
+    """mlsae's `model.safetensors` and `config.json`; in a `-tfm` repository only the tensors below `autoencoder.`."""
     where = reader.where
     keys = ("auxk", "dead_steps_threshold", "dead_threshold", "k", "n_inputs", "n_latents")
     keys += ("model_name", "layers", "tuned_lens", OURS)
@@ -236,7 +236,7 @@ def parse_sparsify(reader: Reader, config: Mapping[str, Any]) -> Parsed:
 
 
 def lay_out_mlsae(sae: MLSAE, ours: Mapping[str, Any], hookpoint: str | None) -> LaidOut:
-    """The layout of the paper's published models; exact, as it is the same model."""
+    """The layout of the paper's published models; exact, because it is the same model."""
     config = {
         "auxk": None,
         "dead_steps_threshold": DEAD_STEPS,
@@ -252,7 +252,7 @@ def lay_out_mlsae(sae: MLSAE, ours: Mapping[str, Any], hookpoint: str | None) ->
 
 
 def lay_out_sparsify(sae: MLSAE, ours: Mapping[str, Any], hookpoint: str | None) -> LaidOut:
-    """sparsify 1.3; it cannot standardise, and a note says what its inputs then have to be."""
+    """sparsify 1.3; it cannot standardise, so a note says what its inputs must be."""
     d, m = sae.config.d_model, sae.config.n_latents
     config = {
         "activation": "topk",
@@ -271,7 +271,7 @@ def lay_out_sparsify(sae: MLSAE, ours: Mapping[str, Any], hookpoint: str | None)
 
 
 def refusal(layout: str, config: SAEConfig) -> str | None:
-    """What of an autoencoder a layout cannot say, or None."""
+    """The property of an autoencoder that a layout cannot express, or None."""
     if layout == "mlsae" and config.encoder_bias:
         return "an encoder bias"
     if layout != "saelens" and config.activation != "topk":

@@ -6,8 +6,8 @@
     standard  h = ReLU(pre)
 
 with b_dec subtracted from the input unless apply_b_dec_to_input is false. BatchTopK and Matryoshka autoencoders are a
-JumpReLU in inference, with one threshold for all latents: so SAELens saves them, and so do we; what they were is kept
-for us under our own key. Refused by name: gated and temporal autoencoders, transcoders, activations of another shape,
+JumpReLU in inference, with one threshold for all latents: SAELens saves them as such, and so do we, with the original
+kind under our own key. Refused by name: gated and temporal autoencoders, transcoders, activations of another shape,
 and normalisations whose numbers are not in the folder.
 
 Tested in tests/train/formats/test_files.py.
@@ -28,7 +28,7 @@ from train.model import MLSAE
 from train.model_config import Activation, SAEConfig, default_prefixes
 
 LAYOUT_VERSION = "6.54.12"
-"""The SAELens whose layout is written; SAELens converts a folder that names a version before 6."""
+"""The SAELens version whose layout is written; SAELens converts a folder that names a version before 6."""
 
 _TAKEN = {"normalize_activations": "none", "apply_b_dec_to_input": "true"}
 _KEYS = (
@@ -36,10 +36,10 @@ _KEYS = (
     *("reshape_activations", "activation_fn", "activation_fn_str", "activation_fn_kwargs", "model_name", "hook_name"),
     *("hook_layer", "hook_head_index", "prepend_bos", "dataset_path", "context_size", "sae_lens_training_version"),
 )
-"""Of all versions: those that are looked at, and common ones that decide nothing here."""
+"""Keys of all versions: those that are read, and common ones that change nothing here."""
 
 _ACTIVATIONS: dict[str, Activation] = {"topk": "topk", "jumprelu": "jumprelu", "standard": "relu"}
-"""SAELens's architectures and what they are here."""
+"""SAELens's architectures -> our activations."""
 
 _ARCHITECTURES: dict[Activation, str] = {
     "topk": "topk",
@@ -56,7 +56,7 @@ def parse_saelens(reader: Reader, config: Mapping[str, Any]) -> Parsed:
     options = mapping(config.get("activation_fn_kwargs"))
     activation = _activation(config, options, where)
     notes = layouts.key_notes(config, _KEYS, _TAKEN, where)
-    metadata = mapping(config.get("metadata")) or config  # before version 6 it was all one level
+    metadata = mapping(config.get("metadata")) or config  # before version 6 everything was on one level
     for part, keys in ((metadata, ("model_name", "hook_name", OURS)), (options, ("k", "signed"))):
         layouts.key_notes(part, keys, {}, where)
     ours = mapping(metadata.get(OURS))
@@ -69,7 +69,7 @@ def parse_saelens(reader: Reader, config: Mapping[str, Any]) -> Parsed:
     if activation == "topk":
         k = layouts.checked_k(config.get("k", options.get("k")), m, where)
         if layouts.flag(config, "rescale_acts_by_decoder_norm", False, where):
-            # It ranks and keeps activations as if every decoder row had unit norm; so give it unit rows.
+            # SAELens then ranks and keeps activations as if every decoder row had unit norm, so make it so.
             norm = W_dec.norm(dim=1, keepdim=True).clamp(min=1e-8)  # [M, 1]
             W_enc, W_dec, b_enc = W_enc * norm, W_dec / norm, b_enc * norm.squeeze(1)
     else:
@@ -77,7 +77,7 @@ def parse_saelens(reader: Reader, config: Mapping[str, Any]) -> Parsed:
     extra: dict[str, Tensor] = {}
     prefixes: tuple[int, ...] = ()
     if activation == "jumprelu":
-        threshold = reader.get("threshold", m).float().clamp(min=0)  # below 0 it is as 0, where the ReLU cuts
+        threshold = reader.get("threshold", m).float().clamp(min=0)  # below 0 the ReLU cuts anyway
         if ours.get("activation") in ("batchtopk", "matryoshka") and k > 0 and bool((threshold == threshold[0]).all()):
             activation = ours["activation"]
             extra = {"threshold": threshold[0]}

@@ -1,11 +1,11 @@
 """From encoder inputs to sparse codes: the one dense product, a tile of rows at a time, and three ways to choose.
 
-All three keep positive values only. No more than a tile of the [N, M] pre-activations is ever held. Where the number of
-active latents varies, rows are padded with value 0 to the longest; whatever latent a 0 names, it is not active.
+All three keep only positive values. No more than a tile of the [N, M] pre-activations is in memory at a time. If the
+number of active latents varies, rows are padded to the longest with value 0; a latent whose value is 0 is not active.
 
 Tested in tests/train/objective/test_variants.py, tests/train/test_model.py and tests/train/kernels/cpu/test_screen.py.
 
-Shapes: N rows, D d_model, M n_latents, k active latents a row, w the most that a row has, P active (row, latent) pairs.
+Shapes: N rows, D d_model, M n_latents, k active latents per row, w the most of any row, P active (row, latent) pairs.
 """
 
 import threading
@@ -26,7 +26,7 @@ TILE_BYTES = 16 * 2**20
 def tiles(
     inputs: Tensor, W_enc: Tensor, b_enc: Tensor | None, dtype: torch.dtype, tile_bytes: int = TILE_BYTES
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows, and their inputs @ W_enc^T + b_enc [n, M], in memory that the next tile writes over.
+    """A slice of the rows at a time, with its inputs @ W_enc^T + b_enc [n, M] in memory that the next tile overwrites.
 
     inputs [N, D], W_enc [M, D], b_enc [M] or None; product and sum are of type `dtype`.
     """
@@ -34,7 +34,7 @@ def tiles(
     transposed = W_enc.to(dtype).t()
     bias = None if b_enc is None else b_enc.to(dtype)
     rows = max(1, min(n, tile_bytes // (m * dtype.itemsize)))
-    memory = torch.empty(rows, m, dtype=dtype, device=inputs.device)  # one for all: fresh memory costs page faults
+    memory = torch.empty(rows, m, dtype=dtype, device=inputs.device)  # reused: fresh memory costs page faults
     for start in range(0, n, rows):
         part = slice(start, start + rows)
         z = torch.mm(inputs[part].to(dtype), transposed, out=memory[: n - start])
@@ -47,12 +47,12 @@ class BatchCodes(NamedTuple):
     codes: SparseCodes
     """[N, w]"""
     smallest: Tensor | None
-    """[] the smallest value that was kept; None where nothing was positive."""
+    """[] the smallest value that was kept; None if nothing was positive."""
 
 
 @final
 class ReadyEncoder:
-    """An encoder's weights, made ready for batches of inputs [N, D] (x_std - b_pre); they must not change meanwhile."""
+    """An encoder's weights, prepared for batches of inputs [N, D] (x_std - b_pre); they must not change meanwhile."""
 
     def __init__(
         self,
@@ -67,14 +67,14 @@ class ReadyEncoder:
         """W_enc [M, D], b_enc [M].
 
         product_dtype: of the encoder's product; default: the weights'. screened: the k largest may be found without
-        making all products, where the kernels know a way: then they are those of the float32 product, summed in another
-        order. int8 stands for that, with the type of `train.hardware.dense_dtype` where all products are made.
+        computing all products, if the kernels can; the result is that of the float32 product, summed in another order.
+        int8 means screened, with the type of `train.hardware.dense_dtype` where all products are computed.
         """
         self._kernels, self._tile_bytes = kernels, tile_bytes
         self._W_enc, self._b_enc = W_enc.detach(), None if b_enc is None else b_enc.detach()
         dtype = product_dtype or W_enc.dtype
         self._dtype = dense_dtype(dtype)
-        # A threshold that a screen measured is one of float32 products.
+        # A threshold measured with the screen is of float32 products.
         self._threshold_dtype = W_enc.dtype if dtype == torch.int8 else dtype
         self._screened = (screened or dtype == torch.int8) and b_enc is None
         self._screens: dict[int, TopK | None] = {}
@@ -93,7 +93,7 @@ class ReadyEncoder:
 
     @torch.no_grad()
     def above(self, inputs: Tensor, threshold: Tensor) -> SparseCodes:
-        """Pre-activations above `threshold` ([] or [M], >= 0) and what latents they are of: [N, w]."""
+        """Pre-activations above `threshold` ([] or [M], >= 0) and their latents: [N, w]."""
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for part, z in self._tiles(inputs, self._threshold_dtype):
             row, latent = (z > _rounded_down(threshold.clamp(min=0), z.dtype)).nonzero(as_tuple=True)
@@ -107,12 +107,12 @@ class ReadyEncoder:
     def batch(self, inputs: Tensor, count: int) -> BatchCodes:
         """The `count` largest positive pre-activations of all N rows together (Bussmann et al. 2024, BatchTopK).
 
-        Of equal ones at the border, those of the first rows, and within a row of the first latents. Exact for any tile
-        size: what has been kept so far is cut back to `count` after each tile, and its smallest value is a lower bound
-        for all that follow. So memory is a tile and `count` pairs, not N x M.
+        Ties at the border go to the first rows, and within a row to the first latents. Exact for any tile size: after
+        each tile only the `count` largest so far are kept, and the smallest of these is a lower bound for the tiles
+        that follow. So memory is a tile and `count` pairs, not N x M.
         """
         n, m = len(inputs), len(self._W_enc)
-        width = 2 * -(-count // max(n, 1))  # few rows have twice their share
+        width = 2 * -(-count // max(n, 1))  # few rows have more than twice their share
         screen = self._screen(width) if n else None
         if screen is not None:
             return _batch_by_rows(screen, inputs, m, count, width)
@@ -151,7 +151,7 @@ class ReadyEncoder:
 def _rounded_down(threshold: Tensor, dtype: torch.dtype) -> Tensor:
     """The largest number of `dtype` that is not above `threshold` (>= 0): z of that type is above both or neither.
 
-    So a bfloat16 tile need not be widened for the comparison, and exceeds the threshold as often as in training.
+    So a bfloat16 tile can be compared without widening it, with the same result as in training.
     """
     if dtype == torch.bfloat16 and threshold.dtype == torch.float32:
         return (threshold.view(torch.int32) & -0x10000).view(torch.float32).to(dtype)
@@ -159,9 +159,9 @@ def _rounded_down(threshold: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _batch_by_rows(topk: TopK, inputs: Tensor, n_latents: int, count: int, width: int) -> BatchCodes:
-    """The `count` largest of all rows, from each row's `width` largest; of rows of which all these are among the
-    `count`, four times as many are looked at, until none is such a row."""
-    parts: list[tuple[Tensor, SparseCodes]] = []  # numbers of rows, and their codes
+    """The `count` largest of all rows, from each row's `width` largest. A row whose `width` largest are all among the
+    `count` may have more of them: it is searched again with four times the width, until there is no such row."""
+    parts: list[tuple[Tensor, SparseCodes]] = []  # row indices, and the codes of these rows
     rows = torch.arange(len(inputs))
     while True:
         codes = topk(inputs[rows], width)
@@ -186,8 +186,8 @@ def _batch_by_rows(topk: TopK, inputs: Tensor, n_latents: int, count: int, width
 
 
 def _first_largest(values: Tensor, count: int) -> Tensor:
-    """bool [P]: the `count` largest of `values` [P], the first ones where several equal the smallest of them."""
-    if values.is_cuda:  # kthvalue is not deterministic there: which of equal entries it names, so torch refuses it
+    """bool [P]: the `count` largest of `values` [P]; ties at the border go to the first."""
+    if values.is_cuda:  # torch refuses kthvalue there: its choice among equal entries is not deterministic
         smallest = values.topk(count, sorted=False).values.min()
     else:
         smallest = values.kthvalue(len(values) - count + 1).values

@@ -1,16 +1,16 @@
-"""What a training step and an encoder ask of the sparse kernels: one interface, and the tuples that it speaks in.
+"""The sparse kernels that a training step and an encoder need: one interface, and the tuples that it uses.
 
-Three implementations stand behind it: plain torch (`train.kernels.plain`), compiled for CPUs (`train.kernels.cpu`) and
-for CUDA (`train.kernels.cuda`); `train.kernels.choose` picks one. Callers ask for what they need and never which one
-they have. All keep these promises:
+It has three implementations: plain torch (`train.kernels.plain`), compiled for CPUs (`train.kernels.cpu`) and
+for CUDA (`train.kernels.cuda`); `train.kernels.choose` picks one. Callers never ask which one they have.
+All keep these promises:
 
 - The k largest are exact; of equal entries the compiled kernels take the lowest latent, `torch.topk` any.
-- NaN is not hidden: among the largest it counts as the largest, and everything else lets it through.
-- The same inputs give the same bits on the same machine, whatever the number of threads: no sum is made with atomics.
+- NaN is not hidden: it counts as the largest number, and every other operation passes it on.
+- The same inputs give the same bits on the same machine, whatever the number of threads: no sum uses atomics.
 
-Tested in tests/train/kernels/test_plain.py and in those of the compiled kernels.
+Tested in tests/train/kernels/test_plain.py and the tests of the compiled kernels.
 
-Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row.
+Shapes: N rows of a batch, D d_model, M n_latents, k active latents per row.
 """
 
 import math
@@ -28,11 +28,11 @@ class SparseCodes(NamedTuple):
     values: Tensor
     """[N, k], >= 0; zero where the pre-activation was not positive."""
     indices: Tensor
-    """int64 [N, k], which latent; distinct within a row."""
+    """int64 [N, k], the latents; distinct within a row."""
 
 
 class Reconstruction(NamedTuple):
-    """What the decoder and the main loss give of a batch."""
+    """A batch's result from the decoder and the main loss."""
 
     error: Tensor
     """[N, D] target - decoded."""
@@ -45,7 +45,7 @@ class Reconstruction(NamedTuple):
 
 
 class WeightGradients(NamedTuple):
-    """What one pass over the active (row, latent) pairs, sorted by latent, gives."""
+    """The result of one pass over the active (row, latent) pairs, sorted by latent."""
 
     W_enc: Tensor
     """[M, D]: sum over a latent's pairs of d loss / d z times the centred input."""
@@ -63,20 +63,20 @@ class WeightGradients(NamedTuple):
 class AdamStep(NamedTuple):
     """How `Kernels.adam_rows` moves a weight."""
 
-    EPSILON = 6.25e-10  # Gao et al. 2024, appendix A.1; small, because gradients of single latents are
+    EPSILON = 6.25e-10  # Gao et al. 2024, appendix A.1; small, because the gradients of single latents are small
 
     lr: float
     step: int
     """Counts from 1."""
     unit_rows: bool
     """Whether the component of each row's gradient along the row is removed before the step and the row is brought back
-    to unit norm after it (Gao et al. 2024, appendix A.3), so that what is saved is always on the sphere."""
+    to unit norm after it (Gao et al. 2024, appendix A.3), so that saved rows always have unit norm."""
     grad_scale: float = 1.0
-    """Multiplies the gradient first, as clipping by norm needs."""
+    """Factor that multiplies the gradient first, for clipping by norm."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the running means of the gradient and of its square."""
     columns: Tensor | None = None
-    """[D] roots of the mean squares that a row's gradient is taken to have by column, up to a factor; None where each
+    """[D] roots of the mean squares that a row's gradient is assumed to have by column, up to a factor; None if each
     weight has its own running mean."""
 
     @property
@@ -85,21 +85,21 @@ class AdamStep(NamedTuple):
 
     @property
     def correction(self) -> float:
-        """What the root of the second moment is divided by."""
+        """The divisor of the second moment's root."""
         return math.sqrt(1 - self.betas[1] ** self.step)
 
 
 TopK = Callable[[Tensor, int], SparseCodes]
-"""From encoder inputs [N, D] and k straight to codes."""
+"""From encoder inputs [N, D] and k directly to codes."""
 
 
 class Kernels(ABC):
     """The sparse pieces of a training step."""
 
     name: str
-    """The package that computes: torch, numba or triton. For records only, because two need not round alike."""
+    """The package that computes: torch, numba or triton. For records only, because two may round differently."""
     pair_bytes: float = 0
-    """Memory that `weight_gradients` needs for itself, in float32, over N * k * D."""
+    """Temporary memory of `weight_gradients`, in bytes for float32, divided by N * k * D."""
 
     @abstractmethod
     def topk_relu(self, z: Tensor, k: int) -> SparseCodes:
@@ -110,15 +110,15 @@ class Kernels(ABC):
 
     @abstractmethod
     def keep_largest(self, z: Tensor, k: int) -> Tensor:
-        """ReLU of `z` [N, M] with all but the k largest entries of each row set to zero; may be done in place.
+        """ReLU of `z` [N, M] with all but the k largest entries of each row set to zero; may overwrite `z`.
 
-        For k a large share of M, where sorted codes cost more than they save.
+        For k a large share of M, when sorted codes cost more than they save.
         """
 
     def screen(self, W_enc: Tensor, k: int) -> TopK | None:
-        """A way to the k largest of the float32 products with W_enc [M, D] that does not make them all.
+        """A function that finds the k largest of the float32 products with W_enc [M, D] without computing them all.
 
-        None where there is none, or none that pays. The weights must not change while it is used.
+        None if there is none, or none that is faster. The weights must not change while it is used.
         """
         return None
 
@@ -132,7 +132,7 @@ class Kernels(ABC):
 
     @abstractmethod
     def reconstruct(self, codes: SparseCodes, W_dec: Tensor, target: Tensor, weight: Tensor) -> Reconstruction:
-        """Decode, and take the loss sum_n weight[n] |target[n] - decoded[n]|^2 back to the pre-activations.
+        """Decode, and differentiate the loss sum_n weight[n] |target[n] - decoded[n]|^2 by the pre-activations.
 
         target [N, D], without b_pre; weight [N].
         """
@@ -145,13 +145,13 @@ class Kernels(ABC):
 
         value_grads [N, k] d loss / d z of the active pairs (zero where ReLU cut); grad_out [N, D] d loss / d x_hat;
         centred [N, D] the encoder's input x_std - b_pre. `out` is memory that may be overwritten and returned: with
-        large dictionaries, fresh memory for every step costs as much as the sums.
+        large dictionaries, fresh memory at every step costs as much as the sums.
         """
 
     @abstractmethod
     def adam_rows(self, weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, how: AdamStep) -> None:
-        """One Adam step (Kingma & Ba 2015) on `weight` [M, D], in place; `grad` may be used up.
+        """One Adam step (Kingma & Ba 2015) on `weight` [M, D], in place; `grad` may be overwritten.
 
-        exp_avg_sq: [M, D], or with `how.columns` [M, 1] of a row's mean of (gradient / columns)^2, of which column i is
-        taken to have columns_i^2 times as much.
+        exp_avg_sq: [M, D], or with `how.columns` [M, 1] for a row's mean of (gradient / columns)^2: the mean square of
+        column i is taken to be columns_i^2 times that.
         """

@@ -5,7 +5,7 @@ latent) pairs. Sorted by latent, those sums are bags of rows, which `embedding_b
 gradient and no [N, k, D] temporary. Only `torch.topk` may choose differently among equal entries on another GPU or
 version.
 
-Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row.
+Shapes: N rows of a batch, D d_model, M n_latents, k active latents per row.
 """
 
 from typing import final
@@ -40,7 +40,7 @@ class PlainKernels(Kernels):
         return F.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum")
 
     def activation_gradient(self, grad_out: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-        """The gathered rows are made a few rows of the batch at a time, to stay in the cache."""
+        """Gathers decoder rows for a few rows of the batch at a time, so that they stay in the cache."""
         n, k = indices.shape
         out = grad_out.new_empty(n, k)
         budget = _CUDA_GATHER_BYTES if grad_out.is_cuda else _CPU_GATHER_BYTES
@@ -60,7 +60,7 @@ class PlainKernels(Kernels):
     def weight_gradients(
         self, codes: SparseCodes, value_grads: Tensor, grad_out: Tensor, centred: Tensor, out: WeightGradients
     ) -> WeightGradients:
-        """`out` is of no use here."""
+        """`out` is not used here."""
         ordered, order = torch.sort(codes.indices.flatten(), stable=True)  # within a latent, by row
         starts = torch.searchsorted(ordered, torch.arange(len(out.W_enc), device=ordered.device))
         row = order // codes.indices.shape[1]

@@ -1,4 +1,4 @@
-"""What is minimised and what is counted: row weights of the main loss, AuxK, dead latents, and FVU by layer.
+"""The row weights of the main loss, AuxK, and the count of dead latents.
 
 Main loss = (1 / N) sum_n |e_n|^2 / denominator_{layer(n)}. With layers mixed in a batch its expectation is the mean
 over layers of the FVU. Denominators are fixed statistics of the training vectors: a batch's own variance would make the
@@ -22,10 +22,10 @@ from train.parallel.ranks import ALONE, Ranks
 from train.parallel.selection import keep_largest
 
 FIRING_THRESHOLD = 1e-3
-"""An activation above this counts as firing (Gao et al. 2024's code, and the reference)."""
+"""An activation above this counts as firing (as in Gao et al. 2024's code and the reference implementation)."""
 
 _ROW_MULTIPLE = {"cpu": 1, "cuda": 64}
-"""Rows of AuxK's weights by kind of device: with an odd number products on a GPU take three to five times as long."""
+"""AuxK pads its weights to a multiple of these rows: an odd number makes products on a GPU 3 to 5 times as long."""
 
 
 class RowWeights(NamedTuple):
@@ -34,21 +34,21 @@ class RowWeights(NamedTuple):
     share: Tensor
     """[N] w_n = 1 / (N denominator of the row's layer)."""
     scale: Tensor
-    """[N] what turns a standardised error into the loss's space: 1, or the row's own scale in raw space."""
+    """[N] the factor that takes a standardised error to the loss's space: 1, or in raw space the row's own scale."""
     total: Tensor
     """[N] c_n = w_n scale_n^2, the weight of the squared standardised error."""
 
 
 def row_weights(layer: Tensor, std: Tensor, denominators: Tensor, *, raw: bool, n: int | None = None) -> RowWeights:
     """The rows' weights: layer int64 [N] indexes denominators [L], E|x - mean_l|^2 in the loss's space; std [N, 1]; n:
-    rows of the batch where they are not all here."""
+    rows of the whole batch, if some are on other ranks."""
     share = denominators.to(std.dtype).reciprocal()[layer] / (len(layer) if n is None else n)
     scale = std.squeeze(1) if raw else torch.ones_like(share)
     return RowWeights(share, scale, share * scale.square())
 
 
 class AuxOutput(NamedTuple):
-    """AuxK's loss and its gradients on the dead latents alone."""
+    """AuxK's loss, and its gradients for the dead latents only."""
 
     loss: Tensor
     """Scalar: sum_n c_n |e_n - e_hat_n|^2 over the variance of the errors in the loss's space (`_inverse_variance`)."""
@@ -80,10 +80,10 @@ def auxk(
     latents' rows; b_enc [A] their bias; the rest as in `train.objective.variants.StepOptions`. The latents go through
     the same TopK and ReLU as the main ones; e_hat has no b_pre, which cancels from the error; space and row weights are
     the main loss's; normalised by the error's variance (docs/method.md). A NaN error stays NaN (Gao et al.'s nan_to_num
-    hides it), so that a divergence is seen.
+    hides it), so that a divergence shows.
 
-    Dense over the dead rows, because k is much larger here than in the main loss: five products of N x A x D, of as
-    many rows as fit `tile_bytes` at a time. Several ranks each give their rows' part of every sum.
+    Dense over the dead latents, because k is much larger here than in the main loss: five products of N x A x D, on as
+    many rows at a time as fit `tile_bytes`. With several ranks, each returns its rows' part of every sum.
     """
     dtype, n_dead = dense_dtype(product_dtype), len(W_enc)
     unused = -n_dead % _ROW_MULTIPLE[error.device.type]  # rows of zeros, whose activations are never positive
@@ -96,7 +96,7 @@ def auxk(
     latents = torch.tensor(len(W_enc))
     ranks.latents.sum_(latents)
     tile_rows = max(1, min(len(centred), tile_bytes // (int(latents) * centred.element_size())))
-    # One memory for all tiles: fresh memory costs page faults.
+    # All tiles use the same memory: fresh memory costs page faults.
     z_memory, grad_memory = (centred.new_empty(tile_rows, len(W_enc), dtype=dtype) for _ in range(2))
     decoded_memory = centred.new_empty(tile_rows, centred.shape[1], dtype=dtype)
     for start in range(0, len(centred), tile_rows):
@@ -147,7 +147,7 @@ class DeadLatents:
         """[M] vectors since each latent last fired."""
 
     def count(self, n: int, fired: Tensor, ranks: Ranks = ALONE) -> None:
-        """Count all ranks' `n` rows; fired: bool [M], or the numbers of the latents that fired in those here."""
+        """Count `n` rows of all ranks; fired: bool [M], or the indices of the latents that fired in this rank's."""
         self.silent += n
         if ranks.size > 1:
             everywhere = torch.zeros_like(self.silent, dtype=torch.bool)

@@ -1,17 +1,17 @@
 """Adam on the trained tensors, with the decoder kept on the unit sphere; a mean of the weights; the learning rate.
 
-Rows of the decoder are of unit norm after every step. Either the gradient's component along them is left out (Gao et
-al. 2024), or they are trained as free rows d = n W_dec, whose norm scales their latent's pre-activations: with free w
-and b, one autoencoder is
+The decoder's rows have unit norm after every step. Either the gradient's component along them is dropped (Gao et al.
+2024), or they are trained as free rows d = n W_dec, whose norm scales their latent's pre-activations: with free w
+and b, the autoencoder is
 
     z = n (w x + b)    x_hat = sum z d / n    that is    W_enc = n w, b_enc = n b, W_dec = d / n
 
 Adam moves w, b and d, with gradients n dW_enc, n db_enc and dW_dec / n; all other code sees the right-hand side. So a
-latent finds its scale in two ways at once. How one row is stepped: `train.kernels.interface.Kernels.adam_rows`.
+latent finds its scale in two ways at once. The update of one row: `train.kernels.interface.Kernels.adam_rows`.
 
-Adam's mean squares are kept for each weight or for each latent: a latent's gradients share their scale, and a single
-weight has few of them where its latent is rarely active. The encoder's gradients are sums of inputs, and are first
-divided by the roots of their inputs' variances. It is Adafactor (Shazeer & Stern 2018) with fixed columns.
+Adam keeps its mean squares for each weight or for each latent: the gradients of a latent share their scale, and a
+single weight gets few gradients if its latent is rarely active. The encoder's gradients are sums of inputs, and are
+first divided by the roots of the inputs' variances. This is Adafactor (Shazeer & Stern 2018) with fixed columns.
 
 Shapes: D d_model, M n_latents.
 """
@@ -32,8 +32,8 @@ from train.objective.weights import BY_LATENT, TRAINED, Weights
 from train.parallel.ranks import ALONE, Ranks
 
 THRESHOLD_LR_FACTOR = 10
-"""log_threshold's learning rate over --lr. Adam moves each number by about the rate: a pre-activation sums
-d_model such moves, and a threshold with one would lag behind in runs of some thousand steps."""
+"""log_threshold's learning rate as a multiple of --lr. Adam moves each number by about the rate: a pre-activation sums
+d_model such moves, and a threshold, which is one number, would lag behind in runs of some thousand steps."""
 
 _LEAST_VARIANCE = 1e-2
 """Lower limit of a dimension's variance over the mean: one that hardly varies in the sample may do so in a batch."""
@@ -69,13 +69,13 @@ class SphereAdam:
         squares = {name: t[:, :1] if name in self._columns else t for name, t in own.items()}
         self.exp_avg_sq = Weights(**{name: torch.zeros_like(t) for name, t in squares.items()})
         self.norms = torch.ones_like(self._own.W_dec[:, 0]) if free_norms else None
-        """[M] n of this rank's latents, where the decoder's rows are trained free."""
+        """[M] n for this rank's latents, if the decoder's norms are free."""
 
     def step(self, gradients: Weights, *, lr: float, step: int, clip: float | None = None) -> None:
-        """Move the weights by one step; `step` counts from 1; the gradients, of this rank's rows, are overwritten.
+        """Move the weights by one step; `step` counts from 1. Overwrites the gradients, which are of this rank's rows.
 
         clip: the largest joint norm of all gradients, without the component along W_dec's rows unless norms are free;
-        larger ones are scaled down.
+        gradients above it are scaled down.
         """
         ranks, own = self._ranks.rows, self._own
         ranks.sum_(gradients.b_pre)
@@ -110,7 +110,7 @@ class SphereAdam:
         return found if self.norms is None else found | {"norms": {"W_dec": self.norms}}
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """The moments by parameter, and free norms, for a checkpoint: of several ranks to be written piece by piece."""
+        """The moments by parameter, and free norms, for a checkpoint; with several ranks it is written in pieces."""
         pieces = partial(self._ranks.pieces, m=self._n_latents, moved=True)
         return {
             kind: {name: pieces(t) if name in BY_LATENT else t for name, t in tensors.items()}
@@ -118,10 +118,10 @@ class SphereAdam:
         }
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """Take the moments back, out of `state`; raises `IncompatibleError` if they are of another shape."""
+        """Restore the moments, removing them from `state`; raises `IncompatibleError` if a shape is wrong."""
         for kind, tensors in self._state().items():
             for name, tensor in tensors.items():
-                found = state.get(kind, {}).pop(name, None)  # one at a time in memory
+                found = state.get(kind, {}).pop(name, None)  # popped, so that each is freed once copied
                 whole = [self._n_latents, *tensor.shape[1:]] if name in BY_LATENT else list(tensor.shape)
                 if found is None or list(found.shape) != whole:
                     shown = None if found is None else list(found.shape)
@@ -132,8 +132,8 @@ class SphereAdam:
 
 
 def gradient_norm(gradients: Weights, W_dec: Tensor | None, ranks: Ranks = ALONE) -> float:
-    """The norm of all gradients together, without the component of W_dec's along its own unit rows [M, D], if given;
-    all ranks' latents count, and b_pre, which all have, once."""
+    """The joint norm of all gradients, if W_dec [M, D] is given without the component along its unit rows. Counts the
+    latents of all ranks, and b_pre, which every rank has, once."""
     squares = {n: torch.linalg.vector_norm(grad).double().square() for n, grad in _trained(gradients).items()}
     squares["b_pre"] *= ranks.first
     total = torch.stack([*squares.values()]).sum()
@@ -144,7 +144,7 @@ def gradient_norm(gradients: Weights, W_dec: Tensor | None, ranks: Ranks = ALONE
 
 
 def _rescale(tensors: Weights, factor: Tensor) -> None:
-    """Take weights or gradients from a decoder with rows of one norm to one with another, in place: factor [M]."""
+    """Multiply weights or gradients of the encoder by `factor` [M], and divide the decoder's by it, in place."""
     tensors.W_enc.mul_(factor.unsqueeze(1))
     tensors.W_dec.div_(factor.unsqueeze(1))
     if tensors.b_enc is not None:
@@ -152,7 +152,7 @@ def _rescale(tensors: Weights, factor: Tensor) -> None:
 
 
 def _trained(tensors: Weights) -> dict[str, Tensor]:
-    return {name: tensor for name in TRAINED if (tensor := getattr(tensors, name)) is not None}
+    return {name: getattr(tensors, name) for name in TRAINED if getattr(tensors, name) is not None}
 
 
 def _by_latent(tensors: Weights, change: Callable[[Tensor], Tensor]) -> Weights:
@@ -169,16 +169,16 @@ class WeightAverage:
 
     def __init__(self, sae: MLSAE, decay: float) -> None:
         self.sae = copy.deepcopy(sae)
-        """The autoencoder of mean weights, to be validated and saved."""
+        """The autoencoder with the mean weights, which is validated and saved."""
         self._decay = decay
 
     @torch.no_grad()
     def update(self, live: MLSAE, step: int) -> None:
-        """Count the weights after step number `step`, which counts from 1."""
+        """Add the weights after step number `step` (from 1) to the mean."""
         rate = (1 - self._decay) / (1 - self._decay**step)
         for name, mean in self.sae.state_dict().items():
             value = getattr(live, name)
-            if name in TRAINED and step > 1:  # before the first, thresholds may be infinite, which must not be mixed in
+            if name in TRAINED and step > 1:  # initial thresholds may be infinite and must not enter the mean
                 mean.lerp_(value, rate)
             else:
                 mean.copy_(value)
@@ -188,7 +188,7 @@ class WeightAverage:
 def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
     """Rate of step number `step` (from 0) of `steps`: a linear rise to its peak, flat, then a linear fall towards zero.
 
-    The first step already moves and so does the last: the rise ends and the fall starts on whole steps.
+    The first and the last step have a rate above 0; the rise ends and the fall starts on whole steps.
     """
     warmup, decay = round(recipe.warmup_fraction * steps), round(recipe.decay_fraction * steps)
     rise = (step + 1) / (warmup + 1) if step < warmup else 1.0

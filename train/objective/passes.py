@@ -1,13 +1,13 @@
-"""From codes to the loss and its gradients: three backward passes, of which each variant takes one.
+"""From codes to the loss and its gradients: three backward passes, of which each variant uses one.
 
-    sparse_pass   codes that were chosen already; all that follows touches the active pairs only
-    nested_pass   the same, where several partial sums of the codes must each reconstruct the vector
-    dense_pass    a threshold of each latent's own: any number may be active, so tiles of dense products
+    sparse_pass   codes that are chosen already; everything after that touches only the active pairs
+    nested_pass   the same, if several partial sums of the codes must each reconstruct the vector
+    dense_pass    each latent has its own threshold: any number may be active, so tiles of dense products
 
-With c_n the row's weight, e = target - decoded, and G = d loss / d x_hat = -2 c e, a pair's gradient is g = <G,
-W_dec[j]> where it is active. AuxK and b_pre's gradient are the same for all (`train.objective.step`).
+With c_n the row's weight, e = target - decoded, and G = d loss / d x_hat = -2 c e, an active pair's gradient is g = <G,
+W_dec[j]>. AuxK and b_pre's gradient are the same for all (`train.objective.step`).
 
-Shapes: N rows, n rows of a tile, D d_model, M n_latents, w active latents a row at most, B blocks.
+Shapes: N rows, n rows of a tile, D d_model, M n_latents, w the most active latents per row, B blocks.
 Tested in test_variants.py.
 """
 
@@ -47,7 +47,7 @@ class PassInputs:
     out: WeightGradients
     """Memory for the weights' gradients, which a pass overwrites."""
     n: int
-    """Rows of the batch, in all ranks together."""
+    """Rows of the batch, on all ranks together."""
     ranks: Ranks
 
 
@@ -55,9 +55,9 @@ class MainPass(NamedTuple):
     """The main loss of a batch, without AuxK, and its gradients."""
 
     loss: Tensor
-    """Scalar: reconstruction, sum_n c_n |e_n|^2, over all nested reconstructions where there are several."""
+    """Scalar: reconstruction, sum_n c_n |e_n|^2, summed over nested reconstructions if there are several."""
     sparsity: Tensor
-    """Scalar: the sparsity term, coefficient included; zero where the codes are sparse by choice."""
+    """Scalar: the sparsity term, coefficient included; zero if the variant itself limits the active latents."""
     error: Tensor
     """[N, D] target - decoded, of the whole code."""
     squared: Tensor
@@ -67,11 +67,11 @@ class MainPass(NamedTuple):
     gradients: WeightGradients
     """W_enc, W_dec, and for each latent the sum over rows of d loss / d z."""
     log_threshold: Tensor | None
-    """[M] gradient, where there is one."""
+    """[M] its gradient, if the variant has one."""
     active: Tensor
     """int64 scalar: active pairs."""
     fired: Tensor
-    """The latents with an activation above `FIRING_THRESHOLD`: bool [M], or their numbers with repeats."""
+    """The latents with an activation above `FIRING_THRESHOLD`: bool [M], or their indices with repeats."""
 
 
 def sparse_pass(codes: SparseCodes, given: PassInputs) -> MainPass:
@@ -96,8 +96,8 @@ class Block(NamedTuple):
 
 
 def nested_pass(blocks: Sequence[Block], whole: int, codes: SparseCodes, given: PassInputs) -> MainPass:
-    """Loss and gradients where block b's pairs take part in the reconstructions b, b + 1, ..., B - 1; whole: which
-    reconstruction's error is reported and goes to AuxK; codes: its code."""
+    """Loss and gradients if block b's pairs take part in reconstructions b, b + 1, ..., B - 1; whole: which of these
+    has its error reported and passed to AuxK; codes: its codes."""
     kernels, W_dec = given.kernels, given.weights.W_dec
     remaining, errors = given.target, []
     for block in blocks:
@@ -114,8 +114,8 @@ def nested_pass(blocks: Sequence[Block], whole: int, codes: SparseCodes, given: 
         value_grads = kernels.activation_gradient(grad_out, block.codes.indices, W_dec)
         value_grads.masked_fill_(block.codes.values <= 0, 0)
         part = kernels.weight_gradients(block.codes, value_grads, grad_out, given.inputs, memory)
-        for total, one in zip(gradients, part, strict=True):
-            total += one
+        for total, addend in zip(gradients, part, strict=True):
+            total += addend
     return _of_codes(codes, loss, errors[whole], squares[whole], grad_out, gradients)
 
 
@@ -155,7 +155,7 @@ def dense_pass(given: PassInputs, kind: SparsityTerm, k: int, coefficient: float
     count_weight = c if kind == "l0" else torch.full_like(c, 1 / given.n)  # [N]
     out = WeightGradients(*map(torch.zero_, given.out))
     error, grad_out = torch.empty_like(given.target), torch.empty_like(given.target)
-    # Sums over the pairs in the rectangle, of g, and of what an active pair adds to the sparsity term.
+    # Sums over the pairs in the window: of g, and of the row's weight in the sparsity term.
     by_value, by_count = (torch.zeros(len(decoder), dtype=raw, device=c.device) for _ in range(2))
     l1, l0 = c.new_zeros((), dtype=raw), torch.zeros_like(c)  # [], [N]
     fired = torch.zeros(len(decoder), dtype=torch.bool, device=c.device)
@@ -180,7 +180,7 @@ def dense_pass(given: PassInputs, kind: SparsityTerm, k: int, coefficient: float
         l0[part] = active.sum(dim=1).to(raw)
         fired |= (h > FIRING_THRESHOLD).any(dim=0)
 
-    # The sparsity term, and its derivative by the rows' counts, weighted as `count_weight` has them.
+    # The sparsity term, and its derivative by the rows' counts weighted by `count_weight`.
     mean = l0.sum()
     given.ranks.rows.sum_(mean)
     excess = mean / given.n / k - 1

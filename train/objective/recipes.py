@@ -1,4 +1,4 @@
-"""What the flags stand for that a run leaves open: batches, learning rate, its schedule, Adam's memory, initial scale.
+"""Values for the flags that a run leaves open: batch size, learning rate and its schedule, Adam's betas, initial scale.
 
 A flag that is given counts; else, on a resume, what the checkpoint was begun with; else the recipe's. How the laws of
 `best` were found: benchmarks/results/*-defaults.md. Imports nothing heavy.
@@ -17,7 +17,7 @@ USUAL_BATCH = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a run is trained: the flags of the same names, none of them open."""
+    """How a run is trained: the flags of the same names, all resolved."""
 
     recipe: RecipeName
     batch_size: int
@@ -27,7 +27,7 @@ class Recipe:
     beta1: float = 0.9
     beta2: float = 0.999
     clip_norm: float | None = None
-    """None: never."""
+    """None: no clipping."""
     encoder_scale: float = 1.0
     encoder_lr: float = 1.0
     second_moment: SecondMoment = "weight"
@@ -42,21 +42,21 @@ BEFORE_RECIPES: dict[str, Any] = {"recipe": "gao"} | {
 
 
 def recorded_flags(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's flags, as the record of a checkpoint has them, and the seed of the held-out documents, for which
-    earlier versions took that of the run."""
+    """A recipe's flags as a checkpoint records them, and the seed of the held-out documents, which in earlier versions
+    was the run's seed."""
     found = {field.name: record.get(field.name, BEFORE_RECIPES.get(field.name)) for field in fields(Recipe)}
     found["validation_seed"] = record.get("validation_seed", record.get("seed"))
     return found | {"clip_norm": found["clip_norm"] or 0.0}
 
 
 def fill(config: TrainConfig, flags: Mapping[str, Any]) -> TrainConfig:
-    """`config` with `flags` where it leaves them open."""
+    """`config`, with its open flags taken from `flags`."""
     given = to_flat(config)
     return with_values(config, **{name: value for name, value in flags.items() if given[name] is None})
 
 
 def batch_size(config: TrainConfig, vectors_per_epoch: int) -> int:
-    """Vectors in a step, of a run over a store that has `vectors_per_epoch` to train on."""
+    """Vectors in a step of a run over a store with `vectors_per_epoch` vectors to train on."""
     if config.data.batch_size is not None:
         return config.data.batch_size
     if config.data.steps is not None or config.recipe not in (None, "best"):
@@ -86,12 +86,12 @@ def _lasting(vectors: float) -> float:
 
 
 def complete(config: TrainConfig, *, n_latents: int, batch_size: int, vectors: int, share: float = 1) -> Recipe:
-    """The recipe of a run over a stream of known batches and length, with the flags that `config` gives; share: of the
-    stream, that it is trained on."""
+    """The recipe of a run over a stream of known batch size and length, with the flags that `config` gives; share: the
+    part of the stream that it is trained on."""
     name = config.recipe or "best"
     if name == "best":
         lr = best_lr(n_latents, batch_size * share, vectors * share)
-        # A small start lowers FVU, but a short run has no time to wake the latents that it leaves dead.
+        # A small initial scale lowers FVU, but a short run has no time to revive the latents that it leaves dead.
         small = config.model.activation in ("topk", "batchtopk", "jumprelu")
         scale = min(max(20 * batch_size / vectors, 0.1), 0.4) if small else 0.4
         values: dict[str, Any] = {"lr": lr, "decay_fraction": 0.5, "beta1": 0.8, "beta2": 0.95, "encoder_scale": scale}

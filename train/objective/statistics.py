@@ -1,4 +1,4 @@
-"""Statistics of the training vectors that stay fixed for a run: b_pre's start and the loss's denominators.
+"""Statistics of the training vectors that are fixed during a run: b_pre's start and the loss's denominators.
 
 Computed once, from a seeded sample of training rows of all layers, and kept in the checkpoint for a resume.
 
@@ -17,16 +17,16 @@ from train.model import TOO_LONG, standardize, standardize_by_layer
 from train.model_config import Standardize
 
 DENOMINATOR_VECTORS = 2**16
-"""Vectors that the denominators are taken over, at most: two thousand of each layer where there are 30."""
+"""Most vectors that the denominators are taken over: with 30 layers, two thousand of each."""
 
 MEDIAN_VECTORS = 2**15
-"""Vectors that the geometric median is taken over, at most."""
+"""Most vectors that the geometric median is taken over."""
 
 _LONGEST, _LARGEST = 1e18, 1e12
-"""Distances from the mean: whose square, and whose product with others like it, float32 holds."""
+"""Limits of the distance from the mean: float32 holds the square of the first, and products of some like the second."""
 
 _SEED = 2**31
-"""Added to the run's seed, so that the sample is not the beginning of the training stream."""
+"""Added to the run's seed, so that the sample is not the start of the training stream."""
 
 
 class LayerVariance(NamedTuple):
@@ -48,7 +48,7 @@ class LayerVariance(NamedTuple):
         )
 
     def add(self, x: Tensor, layer: Tensor) -> "LayerVariance":
-        """With vectors `x` [N, D] of layers `layer` int64 [N] added (Chan et al.'s merge, which does not cancel)."""
+        """Itself plus vectors `x` [N, D] of layers `layer` int64 [N] (Chan et al.'s merge, free of cancellation)."""
         x = x.double()
         in_layer = torch.zeros(len(self.vectors), len(x), dtype=torch.float64, device=x.device)
         in_layer[layer, torch.arange(len(x), device=x.device)] = 1  # [L, N]; sums by layer are products with it
@@ -77,18 +77,18 @@ class FixedStatistics(NamedTuple):
     layer_mean: Tensor | None = None
     """float64 [L, D]: mean_l, in raw space."""
     variance: Tensor | None = None
-    """float32 [D]: mean square of the encoder's inputs, x_std - b_pre or x_std, over the vectors of b_pre; checkpoints
-    of before have none."""
+    """float32 [D]: mean square of the encoder's inputs, x_std - b_pre or x_std, over the vectors that b_pre is taken
+    over; older checkpoints have none."""
 
     @property
     def layer_scale(self) -> Tensor:
-        """float64 [L]: what gives the deviations of a layer's vectors a mean square of 1 in each dimension."""
+        """float64 [L]: divided by it, a layer's deviations have a mean square of 1 per dimension."""
         assert self.layer_mean is not None
         return (self.raw / self.layer_mean.shape[1]).sqrt()
 
 
 def require_finite(x: Tensor, layer: Tensor, layers: Sequence[int]) -> None:
-    """`IncompatibleError` where a value of `x` [N, D] is not finite, with its layer, one of `layers` by `layer` [N]."""
+    """Raise `IncompatibleError` if a value of `x` [N, D] is not finite; `layers` names the layers in `layer` [N]."""
     finite = x.isfinite().all(dim=1)  # [N]
     if not finite.all():
         raise IncompatibleError(
@@ -101,13 +101,13 @@ class View(NamedTuple):
     """Which vectors of the stream a run takes, and how; runs with equal views start from the same statistics."""
 
     standardize: Standardize
-    """What is taken out of the vectors first."""
+    """How the vectors are standardised first."""
     layers: tuple[int, ...]
     """The model's numbers of the layers trained on."""
     position: int | None = None
-    """Of a run on one layer alone, that layer's position in the stream."""
+    """For a run on a single layer of the stream, that layer's position."""
     apply_b_dec_to_input: bool = True
-    """Whether b_pre is subtracted from what the encoder takes."""
+    """Whether b_pre is subtracted from the encoder's input."""
 
     def own(self, batch: Vectors) -> Vectors:
         """The vectors of a batch that are trained on."""
@@ -130,7 +130,7 @@ def statistics_of(views: Iterable[View], data: TrainingData, window_bytes: int) 
 
 def gather(views: Iterable[View], batches: Iterable[Vectors]) -> dict[View, FixedStatistics]:
     """The statistics of each view, from the first `DENOMINATOR_VECTORS` vectors, read once for all of them; raises
-    `IncompatibleError` naming a layer whose vectors are all equal, or are not finite."""
+    `IncompatibleError` naming a layer whose vectors are all equal or not finite."""
     sums = [_Sums(view) for view in views]
     seen = 0
     for batch in batches:
@@ -143,13 +143,13 @@ def gather(views: Iterable[View], batches: Iterable[Vectors]) -> dict[View, Fixe
 
 
 class _Sums:
-    """Gathers the statistics of one view; vectors are standardised by layer at the end, by these very statistics."""
+    """Gathers the statistics of one view; standardising by layer needs them, and so waits until the end."""
 
     def __init__(self, view: View) -> None:
         self.view = view
         self._variances: tuple[LayerVariance, LayerVariance] | None = None  # standardised, raw
         self._sampled = 0
-        self._sample: list[Vectors] = []  # standardised, or raw where that waits for the end
+        self._sample: list[Vectors] = []  # standardised, or raw if that waits until the end
 
     def add(self, x: Tensor, layer: Tensor) -> None:
         """Count raw vectors `x` [N, D] of layers `layer` int64 [N]."""
@@ -179,7 +179,7 @@ class _Sums:
                     f"layer {layer}: its {n} training vectors are all equal{' once standardised' * (spread > 0)}, so "
                     "FVU is not defined: harvest more text, or leave the layer out with --layers"
                 )
-            # Of vectors with a standard deviation below a ninth of what is added to it. Otherwise their length is 1.
+            # Below 0.01 if the standard deviation is less than a ninth of the epsilon added to it; otherwise about 1.
             length = (inside**2 + standardized.mean[position].square().sum().item()) / max(raw.mean.shape[1] - 1, 1)
             if (by != "layer" and inside < 1 / _LARGEST) or (by == "vector" and length < 0.01):
                 what = f"too little for --standardize {by}: use --standardize layer, or leave the layer out (--layers)"
@@ -199,8 +199,8 @@ class _Sums:
 def geometric_median(x: Tensor, *, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
     """The point [D] with the least summed distance to the rows of `x` [N, D], by Weiszfeld's iteration from the mean.
 
-    Stops when a move is below `tolerance` of the rows' mean distance. A row that is met exactly weighs as one at a
-    millionth of that distance, which keeps the weights finite.
+    Stops when a move is below `tolerance` of the rows' mean distance. A row at the median itself is weighted as if it
+    were a millionth of that distance away, which keeps the weights finite.
     """
     median = x.mean(dim=0)
     for _ in range(iterations):

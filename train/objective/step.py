@@ -1,7 +1,7 @@
 """One training step's forward and backward pass, by hand: the loss, and the gradient of every trained tensor.
 
-Forward, in the standardised space where the dictionary lives (c_n is the row's weight in the loss, see
-`train.objective.losses`), here for TopK; the other variants choose otherwise, and some add a term
+Forward, in the standardised space of the dictionary (c_n is the row's weight in the loss, see
+`train.objective.losses`), shown for TopK; the other variants choose latents differently, and some add a term
 (`train.objective.passes`):
 
     z = (x - b_pre) W_enc^T + b_enc   the one dense product, by tiles of rows or screened; z is never kept
@@ -13,10 +13,10 @@ Backward, with G = d loss / d x_hat = -2 c e and g = <G, W_dec[i]> where v > 0:
     d W_dec[j] = sum of v G over the pairs of latent j        d W_enc[j] = sum of g (x - b_pre) over them
     d b_enc[j] = sum of g over them                           d b_pre    = sum_n G_n  -  sum_j d b_enc[j] W_enc[j]
 
-The second term of d b_pre comes through the encoder's centring, and is absent without it. AuxK adds its own pairs to
-the same sums: its latents are read off the same pre-activations, so they train the encoder as the main ones do.
+The second term of d b_pre comes from the encoder's centring, and is absent without it. AuxK adds its own pairs to
+the same sums: its latents come from the same pre-activations, so they train the encoder as the main ones do.
 
-Shapes: N rows, D d_model, M n_latents, k active latents a row, A dead latents.
+Shapes: N rows, D d_model, M n_latents, k active latents per row, A dead latents.
 """
 
 from typing import NamedTuple
@@ -33,14 +33,14 @@ from train.parallel.ranks import ALONE, Ranks
 
 
 class StepResult(NamedTuple):
-    """What a step computed before the optimiser moves anything."""
+    """What a step computes before the optimiser moves anything."""
 
     gradients: Weights
     """d (loss + sparsity + aux_coef * auxk) / d weights."""
     squared_error: Tensor
     """[N] |x - x_hat|^2 in standardised space."""
     loss: Tensor
-    """Scalar, the main loss: sum_n c_n |e_n|^2, over all nested reconstructions where there are several."""
+    """Scalar, the main loss: sum_n c_n |e_n|^2, summed over nested reconstructions if there are several."""
     auxk: Tensor
     """Scalar, AuxK before its coefficient; zero when no latent is dead."""
     active: Tensor
@@ -62,10 +62,10 @@ def training_step(
     n: int | None = None,
     ranks: Ranks = ALONE,
 ) -> StepResult:
-    """Loss and gradients of standardised rows `x` [N, D] that count as `rows` says.
+    """Loss and gradients of standardised rows `x` [N, D], weighted by `rows`.
 
-    Counts firings in `dead`, and measures `weights.threshold` where the variant has one; changes nothing else. out:
-    memory for the weights' gradients, which the next call overwrites. n: rows of the batch in all `ranks`; the result
+    Counts firings in `dead`, and updates `weights.threshold` if the variant measures one; changes nothing else. out:
+    memory for the weights' gradients, which the next call overwrites. n: rows of the batch on all `ranks`; the result
     is then this rank's part of every sum over rows.
     """
     n = len(x) if n is None else n

@@ -1,16 +1,16 @@
-"""What a variant of the sparse autoencoder is: how latents are chosen in training and in inference, and what it trains.
+"""The variants of the sparse autoencoder: how each chooses latents in training and in inference, and what it trains.
 
     topk        the k largest pre-activations of a vector (Gao et al. 2024)
     batchtopk   the N k largest of a batch; in inference all above a threshold that training measured (Bussmann et al.
                 2024)
-    matryoshka  as batchtopk, and the first latents must reconstruct on their own too (Bussmann et al. 2025)
-    jumprelu    all above a threshold of the latent's own, which is trained (Rajamanoharan et al. 2024)
+    matryoshka  as batchtopk, and prefixes of the dictionary must reconstruct on their own too (Bussmann et al. 2025)
+    jumprelu    all above the latent's own threshold, which is trained (Rajamanoharan et al. 2024)
     relu        all that are positive, kept few by an L1 penalty (Bricken et al. 2023, with unit-norm decoder rows)
 
-Everything else asks `variant_of(config)`. A new one is a subclass with the methods of `Variant`, a line in
-`VARIANTS`, and its word where CONTRIBUTING.md says.
+Everything else calls `variant_of(config)`. A new variant is a subclass with the methods of `Variant`, a line in
+`VARIANTS`, and its name in the places that CONTRIBUTING.md lists.
 
-Shapes: N rows, D d_model, M n_latents, k active latents a row, w the most that a row has.
+Shapes: N rows, D d_model, M n_latents, k active latents per row, w the most that a row has.
 """
 
 from abc import ABC, abstractmethod
@@ -30,11 +30,11 @@ from train.objective.weights import Weights
 from train.parallel.selection import batch_codes, row_codes
 
 THRESHOLD_RATE = 0.05
-"""Share of a batch's smallest kept activation in the running mean that becomes the threshold of inference: the mean
-over about the last twenty batches, so that it belongs to the weights that are saved."""
+"""Weight of a batch's smallest kept activation in the running mean that becomes the threshold of inference: it covers
+about the last twenty batches, so that it fits the weights that are saved."""
 
 MULTI_TOPK = (4, 1 / 8)
-"""Gao et al. 2024, appendix D: the loss of four times as many latents counts an eighth."""
+"""Gao et al. 2024, appendix D: the loss with four times as many latents has a weight of an eighth."""
 
 
 class Variant(ABC):
@@ -44,28 +44,28 @@ class Variant(ABC):
         self.config = config
 
     def extra_state(self) -> Mapping[str, Tensor]:
-        """Initial values of what this variant has beside the weights: fields of `train.objective.weights.Weights`."""
+        """Initial values of this variant's additional tensors: fields of `train.objective.weights.Weights`."""
         return {}
 
     @abstractmethod
     def encode(self, inputs: Tensor, weights: Weights, encoder: ReadyEncoder) -> SparseCodes:
-        """Codes of encoder inputs [N, D] in inference; `encoder` is that of `weights`."""
+        """Codes of encoder inputs [N, D] in inference; `encoder` is made from `weights`."""
 
     @abstractmethod
     def train(self, given: PassInputs, options: "StepOptions") -> MainPass:
-        """Loss and gradients of a training batch; may update what is measured rather than trained, in place."""
+        """Loss and gradients of a training batch; may update, in place, a threshold that is measured, not trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """How a step is made: the same at all steps, except where something warms up (`RunPlan.options_at`)."""
+    """The options of a step: the same at all steps, except those that warm up (`RunPlan.options_at`)."""
 
     variant: Variant
     """How latents are chosen."""
     objective: ObjectiveConfig
-    """What is minimised; what its flags may leave open, and what warms up, is in the fields here."""
+    """The flags of the loss; those that may be left open or warm up are resolved in the fields below."""
     k: int
-    """Latents that may be active on a row, or that are aimed at."""
+    """Latents that may be active on a row, or the target."""
     aux_k: int
     """Dead latents that AuxK may use on a row."""
     sparsity_coef: float = 0.0
@@ -90,7 +90,7 @@ class TopK(Variant):
         codes = _encoder(given).topk(given.inputs, wide)
         if not options.objective.multi_topk:
             return sparse_pass(row_codes(codes, given.ranks.latents), given)
-        if wide == options.k:  # all latents are among the k already
+        if wide == options.k:  # k is all latents already
             return nested_pass([Block(codes, 1 + weight)], 0, codes, given)
         first, rest = (
             SparseCodes(codes.values[:, part].contiguous(), codes.indices[:, part].contiguous())
@@ -100,7 +100,7 @@ class TopK(Variant):
 
 
 class MeasuredThreshold(Variant):
-    """Trained on the N k largest of a batch; in inference, all above a running mean of the smallest that was kept."""
+    """Trained on the N k largest of a batch; in inference, all above a running mean of the smallest kept activation."""
 
     def extra_state(self) -> Mapping[str, Tensor]:
         return {"threshold": torch.zeros(())}
@@ -110,7 +110,7 @@ class MeasuredThreshold(Variant):
         return encoder.above(inputs, weights.threshold)
 
     def measured_codes(self, given: PassInputs, k: int) -> SparseCodes:
-        """Codes of a training batch; moves the threshold of inference."""
+        """Codes of a training batch; updates the threshold of inference."""
         codes, smallest = _batch_codes(given, k)
         if (threshold := given.weights.threshold) is not None and smallest is not None:
             first = threshold == 0  # nothing measured yet
@@ -139,10 +139,10 @@ class Matryoshka(MeasuredThreshold):
 
 @final
 class JumpReLU(Variant):
-    """All above the latent's own threshold, which is trained by a rectangle kernel.
+    """All above the latent's own threshold, which is trained with a rectangle kernel.
 
-    The first batch gives all thresholds the same start, that of BatchTopK with the same k. A start far from it takes
-    long to correct: a threshold is one number with Adam's small steps, a pre-activation is moved by d_model weights.
+    On the first batch all thresholds start at that of BatchTopK with the same k. A start far from it takes long to
+    correct: a threshold is one number with Adam's small steps, a pre-activation is moved by d_model weights.
     """
 
     def extra_state(self) -> Mapping[str, Tensor]:
@@ -191,7 +191,7 @@ def _batch_codes(given: PassInputs, k: int) -> BatchCodes:
 
 
 def _only(codes: SparseCodes, mask: Tensor) -> SparseCodes:
-    """The pairs where `mask` [N, w] holds, without the others' places: [N, w'], w' >= 1."""
+    """The pairs for which `mask` [N, w] is true, closing the gaps: [N, w'], w' >= 1."""
     mask = mask & (codes.values > 0)
     width = max(1, int(mask.sum(dim=1).max())) if len(mask) else 1
     order = mask.to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :width]

@@ -1,4 +1,4 @@
-"""The tensors of one autoencoder that take part in a step, as a tuple; gradients and moments come in the same tuple.
+"""The tensors of one autoencoder that take part in a step, as a tuple; gradients and moments use the same tuple.
 
 Shapes: D d_model, M n_latents. Tested in test_step.py.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _DRAWN = 4096
-"""Rows that are drawn at once: a multiple of the 16 numbers that torch draws together."""
+"""Rows drawn at once: a multiple of the 16 numbers that torch draws together."""
 
 
 class Weights(NamedTuple):
@@ -27,20 +27,20 @@ class Weights(NamedTuple):
     log_threshold: Tensor | None = None
     """[M] natural logarithm of the activation below which a latent of a JumpReLU autoencoder is silent."""
     threshold: Tensor | None = None
-    """[] the same for all latents of a BatchTopK autoencoder; measured in training, not trained: no gradient."""
+    """[] one threshold for all latents of a BatchTopK autoencoder; measured in training, not trained: no gradient."""
 
 
 TRAINED = ("W_enc", "W_dec", "b_pre", "b_enc", "log_threshold")
-"""The fields of `Weights` that an optimiser moves, in the order in which it does."""
+"""The fields of `Weights` that the optimiser moves, in its order."""
 
 BY_LATENT = ("W_enc", "W_dec", "b_enc", "log_threshold")
 """Those of them that have a row, or a number, for each latent."""
 
 
 def unit_rows(m: int, d: int, seed: int, own: slice) -> Iterator[tuple[int, Tensor]]:
-    """Random rows of unit norm, float32 [M, D]: those of `own`, some at a time, and where in `own` they begin.
+    """Random rows of unit norm, float32 [M, D]: those in `own`, some at a time, each time after their start in `own`.
 
-    All M are drawn, as one call of torch would draw them; few are in memory.
+    All M are drawn, with the numbers of a single call of torch, but only a few are in memory at a time.
     """
     generator, starts = torch.Generator().manual_seed(seed), range(0, max(m - _DRAWN, 0) + 1, _DRAWN)
     for start in starts:

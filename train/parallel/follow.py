@@ -84,7 +84,7 @@ class Follower:
 
     def mixing(self, step: int) -> dict[str, float | None]:
         """For the metrics: the design effect of batches (`store.care.ring`), from the last parts that the first `step`
-        have used; None of fewer than two."""
+        batches have used up; None if fewer than two."""
         parts = [self._moments(part) for part in range(self.parts_used(step))[-_PARTS:]]
         return {"design_effect": design_effect(parts, self._batch_size / self._n_layers) if parts[1:] else None}
 

@@ -52,11 +52,11 @@ def joined(config: "TrainConfig", words: Sequence[str]) -> Iterator["Ranks"]:
     import torch
     from torch.distributed.rendezvous import rendezvous
 
-    distributed: Any = torch.distributed  # whose stores are not declared
+    distributed: Any = torch.distributed  # its stores have no type stubs
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    local = _started("LOCAL_WORLD_SIZE") or (_started("LOCAL_RANK") + 1 if size > 1 else n_procs)  # or at least so many
+    local = _started("LOCAL_WORLD_SIZE") or (_started("LOCAL_RANK") + 1 if size > 1 else n_procs)  # or more
     gpus = torch.cuda.device_count()
-    if on_gpu and (":" in device or local > gpus):  # before any of this machine waits for another
+    if on_gpu and (":" in device or local > gpus):  # refuse before any process waits for another
         found = f"this machine's {local} processes each take a GPU of their own, and there are {gpus}"
         raise UsageError(f"--device {device}: {found}: start fewer, with --device cuda, or use --device cpu")
     children: list[subprocess.Popen[bytes]] = []
@@ -101,8 +101,8 @@ def _start(n: int, port: int, words: Sequence[str]) -> list[subprocess.Popen[byt
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     shared = {**os.environ, **shared, "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "PYTHONPATH": root}
     command = [sys.executable, "-m", "residscope", "train", *words]
-    each = [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(1, n)]
-    return [subprocess.Popen(command, env=own, stdin=subprocess.DEVNULL) for own in each]
+    environments = [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(1, n)]
+    return [subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL) for environment in environments]
 
 
 def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -38,8 +38,8 @@ class Ranks:
     """The processes that train together, and which of them this is."""
 
     def __init__(self, rank: int = 0, size: int = 1, *, local: int = 1, store: Any = None, group: Any = None) -> None:
-        """local: how many of them this machine has; store: torch.distributed's, through which a rank that fails tells
-        the first one why; group: torch.distributed's, of some of all."""
+        """local: how many of them run on this machine; store: of torch.distributed, through which a rank that fails
+        tells the first one why; group: of torch.distributed, if these are only some of all ranks."""
         self.rank, self.size, self.local, self._store, self._group = rank, size, local, store, group
         self.rows: Ranks = self
         """The ranks that share each batch with this one and have the same latents."""
@@ -79,7 +79,7 @@ class Ranks:
             self._do("all_reduce", tensor)
 
     def any_(self, mask: Tensor) -> None:
-        """Make `mask` (bool) true wherever it is on any rank."""
+        """Make `mask` (bool) true wherever it is true on any rank."""
         if self.size > 1:
             from torch.distributed import ReduceOp
 
@@ -103,12 +103,12 @@ class Ranks:
             self._do("broadcast", tensor, group_src=0)
 
     def own(self, m: int, rank: int | None = None) -> slice:
-        """This rank's share of M latents, or another's; the last one has what remains."""
+        """This rank's share of M latents, or another's; the last rank's includes the remainder."""
         share, rank = m // self.size, self.rank if rank is None else rank
         return slice(rank * share, m if rank == self.size - 1 else (rank + 1) * share)
 
     def sum_rows_(self, tensor: Tensor) -> Tensor:
-        """This rank's rows of `tensor` [M, ...], summed over ranks, in its memory; the others are left as they are."""
+        """This rank's rows of `tensor` [M, ...], summed over ranks in place; the other rows are left as they are."""
         rows = [tensor[self.own(len(tensor), rank)] for rank in range(self.size)]
         parts = [torch.empty_like(rows[self.rank]) for _ in range(self.size - 1)]
         self._exchange(rows, parts)
@@ -123,8 +123,8 @@ class Ranks:
             self._exchange([rows[self.rank]] * self.size, rows[: self.rank] + rows[self.rank + 1 :])
 
     def _exchange(self, given: list[Tensor], received: list[Tensor]) -> None:
-        """Send each other rank its one of `given` [R], and fill `received` [R - 1] with what they send. All pairs at
-        once: gloo's reduce_scatter sends twice the bytes that are needed."""
+        """Send each other rank its entry of `given` [R], and fill `received` [R - 1] with what they send. All pairs at
+        once: gloo's reduce_scatter would send twice the bytes."""
         if self.size == 1:
             return
         from torch.distributed import P2POp, batch_isend_irecv, irecv, isend
@@ -137,8 +137,8 @@ class Ranks:
                 work.wait()
 
     def pieces(self, own: Tensor, m: int, *, moved: bool = False) -> Tensor | Pieces:
-        """A tensor [M, ...] for the first rank to write, of which every rank has its share of the latents, or of that
-        (`moved`) what it moves; to be asked for by all ranks, of which the others send theirs."""
+        """A tensor [M, ...] for the first rank to write, of which each rank has its share of the latents, or with
+        `moved` the part of that share that it updates. All ranks must call this; the others send theirs."""
         if self.size == 1:
             return own
         return Pieces((m, *own.shape[1:]), own.dtype, partial(self._parts, own, m, moved))
@@ -155,8 +155,9 @@ class Ranks:
             rows = self.rows.own(m // self.latents.size, row) if moved else self.latents.own(m, place)
             shape, rank = (rows.stop - rows.start, *own.shape[1:]), row * self.latents.size + place
             for part in in_pieces(torch.empty(shape, dtype=own.dtype, device="meta")):
-                self._do("recv", found := torch.empty(part.shape, dtype=own.dtype), group_src=rank)
-                yield found
+                received = torch.empty(part.shape, dtype=own.dtype)
+                self._do("recv", received, group_src=rank)
+                yield received
 
     def _do(self, name: str, *arguments: Any, **options: Any) -> None:
         from torch import distributed

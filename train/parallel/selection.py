@@ -1,6 +1,6 @@
 """The largest pre-activations of a batch whose rows, or whose latents, are spread over several ranks.
 
-Shapes: N rows of this rank, D d_model, w active latents a row at most, R ranks, A dead latents of this rank.
+Shapes: N rows of this rank, D d_model, w the most active latents per row, R ranks, A dead latents of this rank.
 """
 
 import torch
@@ -16,17 +16,17 @@ _BITS = 8
 
 
 def batch_codes(encoder: ReadyEncoder, inputs: Tensor, count: int, ranks: Ranks) -> BatchCodes:
-    """The `count` largest positive pre-activations of all ranks' rows together, those of `inputs` [N, D] here, and the
-    smallest of all. Exact; of equal ones at the border, those of the first ranks."""
+    """The `count` largest positive pre-activations of all ranks' rows together: those in `inputs` [N, D] of this rank,
+    and the smallest of all. Exact; of equal ones at the border, the first ranks' are taken."""
     if ranks.size == 1:
         return encoder.batch(inputs, count)
-    sought = min(2 * -(-count // ranks.size), count)  # few ranks have twice their share
+    sought = min(2 * -(-count // ranks.size), count)  # it is rare for a rank to have twice its share
     while True:
         codes, lowest = encoder.batch(inputs, sought)
         values = codes.values[codes.values > 0]
         if (smallest := _nth_largest(values, count, ranks)) is None:
             return BatchCodes(codes, None)
-        cut = len(values) == sought and lowest is not None and bool(lowest >= smallest)  # may have more that count
+        cut = len(values) == sought and lowest is not None and bool(lowest >= smallest)  # some may be missing
         if not ranks.any(cut and sought < count):
             break
         sought = min(4 * sought, count)
@@ -38,9 +38,9 @@ def batch_codes(encoder: ReadyEncoder, inputs: Tensor, count: int, ranks: Ranks)
 
 
 def _nth_largest(values: Tensor, n: int, ranks: Ranks) -> Tensor | None:
-    """The n-th largest of all ranks' positive float32 `values` [P], or the smallest where they are fewer; None of none.
+    """The n-th largest of all ranks' positive float32 `values` [P], the smallest if there are fewer, None if none.
 
-    By the bits, which order positive numbers as integers do: eight at a time, from counts of the 256 that there are.
+    By their bits, which order positive floats as integers: eight at a time, from counts of each of the 256 values.
     """
     bits, found = values.float().view(torch.int32).long(), 0
     for shift in range(32 - _BITS, -1, -_BITS):
@@ -59,19 +59,19 @@ def _nth_largest(values: Tensor, n: int, ranks: Ranks) -> Tensor | None:
 
 
 def row_codes(codes: SparseCodes, latents: Ranks) -> SparseCodes:
-    """Of the k largest of this rank's latents, `codes` [N, k], those that are among the k largest of all ranks'."""
+    """This rank's k largest, `codes` [N, k], with those set to 0 that are not among the k largest of all ranks."""
     if latents.size == 1:
         return codes
     n, k = codes.values.shape
     values = latents.all_of(codes.values).transpose(0, 1).reshape(n, -1)  # [N, R k]
-    order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]  # of equal ones the first latents
+    order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]  # ties: the first latents
     chosen = torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, True)
     own = chosen[:, latents.rank * k : (latents.rank + 1) * k]
     return SparseCodes(codes.values.masked_fill(~own, 0), codes.indices)
 
 
 def keep_largest(z: Tensor, k: int, kernels: Kernels, latents: Ranks) -> Tensor:
-    """ReLU of `z` [N, A] with all but the k largest of each row, of all ranks' latents, set to zero."""
+    """ReLU of `z` [N, A] with all set to zero but each row's k largest over the latents of all ranks."""
     if latents.size == 1:
         return kernels.keep_largest(z, k)
     width = min(k, z.shape[1])

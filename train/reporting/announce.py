@@ -1,4 +1,4 @@
-"""What a training says on stderr while it runs: what will be done and what it takes, the progress bar and its words."""
+"""What a training prints on stderr while it runs: what it will do and need, warnings, and the progress bar."""
 
 import math
 import sys
@@ -18,7 +18,7 @@ from train.validation import Validation
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal, on stderr."""
+    """Print a line for the user on stderr."""
     print(f"train: {text}", file=sys.stderr, flush=True)
 
 
@@ -32,11 +32,11 @@ def tell_plans(plans: Sequence[RunPlan], n_runs: int, memory: MemoryEstimate | N
     """Say what will run, on what, and how much memory it takes; `plans`: the unfinished ones of all `n_runs`."""
     plan = plans[0]  # only used for what all plans share
     many = "" if n_runs == 1 else f"{len(plans)} of {counted(n_runs, 'run')} to do in one pass: "
-    n_latents, k = (spread([n for p in plans if (n := getattr(p.model, name))]) for name in ("n_latents", "active"))
-    limit = "" if k == "-" else f"k {k}, "
+    n_latents, ks = [p.model.n_latents for p in plans], [p.model.active for p in plans if p.model.active]
+    limit = f"k {spread(ks)}, " if ks else ""
     say(
-        f"{many}{n_latents} latents, {limit}{counted(len(plan.stream_layers or plan.layers), 'layer')} of d_model "
-        f"{plan.model.d_model}; {counted(plan.steps, 'step')} of {plan.chosen.batch_size:,} vectors "
+        f"{many}{spread(n_latents)} latents, {limit}{counted(len(plan.stream_layers or plan.layers), 'layer')} of "
+        f"d_model {plan.model.d_model}; {counted(plan.steps, 'step')} of {plan.chosen.batch_size:,} vectors "
         f"(epochs: {plan.vectors / plan.vectors_per_epoch:.3g}), learning rate "
         f"{spread([p.chosen.lr for p in plans], '.2g')}, of the encoder "
         f"{spread([p.chosen.lr * p.chosen.encoder_lr for p in plans], '.2g')} (recipe {plan.chosen.recipe})"

@@ -3,7 +3,7 @@
 The ratio and the share that stays on are those of docs/method.md, mass-weighted and with every active pair counting
 once, over a few hundred tokens: read their trend; for their value use `analyze`.
 
-Shapes: T tokens, L layers, k active latents a vector.
+Shapes: T tokens, L layers, k active latents per vector.
 """
 
 import itertools
@@ -32,9 +32,9 @@ class Spread(NamedTuple):
     """float64 [3, M]: mass, its first moment over layers, and the sum over tokens of mass times variance over layers;
     layers count from 0 at the lowest one, with the gaps that the model's numbers have."""
     followed: int
-    """Active (token, layer, latent) with the latent active at the token's next layer too."""
+    """Active (token, layer, latent) triples whose latent is active at the token's next layer too."""
     before_last: int
-    """Active (token, layer, latent) at any layer but the last."""
+    """Active (token, layer, latent) triples at any layer but the last."""
     second: Tensor
     """float64 scalar: the second moment of mass over layers."""
 
@@ -44,7 +44,7 @@ class Spread(NamedTuple):
         return cls(per_latent, 0, 0, per_latent.new_zeros(()))
 
     def add(self, codes: SparseCodes, layers: Sequence[int]) -> "Spread":
-        """With codes [T L, k] of whole tokens added, layer by layer within a token. layers: the model's [L]."""
+        """Itself plus codes [T L, k] of whole tokens, layer by layer within a token. layers: the model's [L]."""
         n_latents, n_layers = self.per_latent.shape[1], len(layers)
         row = torch.arange(len(codes.values), device=codes.values.device).unsqueeze(1).expand_as(codes.indices)
         on = codes.values > 0
@@ -56,7 +56,7 @@ class Spread(NamedTuple):
         )
         within = (of_pair[2] - of_pair[1].square() / of_pair[0]).clamp(min=0)
         sums = torch.stack([of_pair[0], of_pair[1], within])
-        place = row * n_latents + latent  # that of the next layer is n_latents further, unless the token ends
+        place = row * n_latents + latent  # the same latent at the token's next layer is n_latents further
         inner = row % n_layers < n_layers - 1
         return Spread(
             self.per_latent.index_add(1, pair % n_latents, sums),
@@ -85,7 +85,7 @@ def is_curve(found: Any) -> TypeGuard[list[dict[str, Any]]]:
     if not isinstance(found, list) or not all(isinstance(point, dict) for point in found):
         return False
     for before, point in itertools.pairwise([{"step": 0, "vectors": 1}, *found]):
-        numbers = [number for name in NUMBERS if (number := point.get(name)) is not None]
+        numbers = [point[name] for name in NUMBERS if point.get(name) is not None]
         if not all(type(number) is float and 0 <= number < math.inf for number in numbers):
             return False
         if not all(type(point.get(n)) is int for n in ("step", "vectors")):
@@ -98,8 +98,8 @@ def is_curve(found: Any) -> TypeGuard[list[dict[str, Any]]]:
 def last_quarter(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """How the numbers moved from the point nearest three quarters of the training to its end.
 
-    `steps` between the two; `fvu`, `ratio` and `stays_on`: the change as a share of the last value, None where not
-    defined; `settled`: see `SETTLED`. None where the curve has no point to start from.
+    `steps`: between the two; `fvu`, `ratio` and `stays_on`: the change as a share of the last value, None if not
+    defined; `settled`: see `SETTLED`. None if the curve has no point to start from.
     """
     early = [point for point in curve if point["vectors"] < 0.9 * curve[-1]["vectors"]]
     if not early:
@@ -113,7 +113,7 @@ def last_quarter(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def in_words(moved: Mapping[str, Any] | None) -> str:
-    """`last_quarter` as a sentence to stand beside the ratio; empty where there is nothing to say."""
+    """`last_quarter` as a sentence to print beside the ratio; empty if there is nothing to say."""
     if moved is None or moved["ratio"] is None:
         return ""
     fvu = "" if moved["fvu"] is None else f" and FVU by {moved['fvu']:+.2%}"

@@ -41,7 +41,7 @@ class DryRun:
     checkpoint_bytes: int
     """Disk for the finished checkpoints of all runs and their safetensors."""
     interim_bytes: int
-    """Disk for a checkpoint of each run during training, optimiser included, and the temporary file of one."""
+    """Disk for a checkpoint of each run during training, with the optimiser, and the temporary file of one."""
     measured_steps: int
     seconds_per_step: float
     """Mean of the measured steps."""

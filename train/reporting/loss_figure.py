@@ -1,6 +1,6 @@
-"""The course of a run as a picture, ckpt.loss.png beside the checkpoint: FVU and loss, L0 and dead latents.
+"""The course of a run as a figure, ckpt.loss.png beside the checkpoint: FVU and loss, L0 and dead latents.
 
-Drawn from the metrics file alone, so that any run can be drawn again.
+Drawn from the metrics file only, so that any run can be drawn again.
 """
 
 import io
@@ -15,13 +15,13 @@ from train.validation import INTERIM_TOKENS
 
 
 def write_loss_figure(metrics: Path, path: Path, title: str) -> None:
-    """Draw the lines of a metrics file; nothing where matplotlib is not installed or there is nothing to draw."""
+    """Draw the lines of a metrics file; does nothing if matplotlib is not installed or there is nothing to draw."""
     try:
         from matplotlib.figure import Figure
-    except ImportError:  # also one that is damaged
+    except ImportError:  # not installed, or broken
         return
     lines = read_metrics(metrics)
-    there = [line for line in lines if line.get("fvu") is not None]  # None where no vector came, or the run diverged
+    there = [line for line in lines if line.get("fvu") is not None]  # None if no vector came or the run diverged
     training = [line for line in there if "split" not in line and line.get("loss") is not None]
     validation = [line for line in there if line.get("split") == "validation"]
     if not training:
@@ -32,7 +32,7 @@ def write_loss_figure(metrics: Path, path: Path, title: str) -> None:
     x = _column(training, "vectors", 1e-6)
     above.plot(x, _column(training, "fvu"), label="FVU, training", color="tab:blue")
     above.plot(x, _column(training, "loss"), label="loss, training", color="tab:gray", linewidth=0.9)
-    for tokens in sorted({line.get("validation_tokens", 0) for line in validation}):  # more at the end
+    for tokens in sorted({line.get("validation_tokens", 0) for line in validation}):  # the last has more
         of_size = [line for line in validation if line.get("validation_tokens", 0) == tokens]
         at, held_out = _column(of_size, "vectors", 1e-6), _column(of_size, "fvu")
         style: dict[str, Any] = {"color": "tab:orange", "fillstyle": "full" if tokens > INTERIM_TOKENS else "none"}

@@ -22,8 +22,8 @@ _HIGH = 10
 """Times the default: with a learning rate above this, the rate is more likely too high than the run too short."""
 
 _LOW, _SMALL_BATCH = 0.5, 128
-"""Times the default: only a learning rate below this is too low, and only one above its inverse too high for latents to
-stay alive; no smaller batch than this is proposed."""
+"""Multiple of the default learning rate below which it is called too low, and above whose inverse too high for latents
+to stay alive; and the batch size below which no smaller one is proposed."""
 
 _MANY_DEAD = 0.1
 """Share of dead latents above which the report gives advice."""
@@ -80,8 +80,9 @@ def summary(result: TrainResult) -> dict[str, Any]:
 def describe(result: TrainResult) -> str:
     """A run in words."""
     plan, metrics, held_out = result.plan, result.metrics, result.validation
+    limit = f"k {plan.model.active}, " if plan.model.active else ""
     lines = [
-        f"{result.checkpoint}: {plan.model.n_latents:,} latents, {f'k {k}, ' if (k := plan.model.active) else ''}after "
+        f"{result.checkpoint}: {plan.model.n_latents:,} latents, {limit}after "
         f"{counted(metrics['step'], 'step')} ({metrics['vectors']:,} vectors of {len(plan.layers)} layers) in "
         f"{human_seconds(result.seconds)}",
         f"training: FVU {_number(metrics['fvu'], '.3f')}, L0 {_number(metrics['l0'], '.1f')}, "

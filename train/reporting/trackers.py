@@ -14,14 +14,14 @@ from train.resolve import RunPlan
 
 
 class Tracker(NamedTuple):
-    """Gets the numbers of every line of metrics, and its step."""
+    """Receives the numbers of every line of metrics, and its step."""
 
     log: Callable[[Mapping[str, float], int], object]
     close: Callable[[], object]
 
 
 def open_trackers(plan: RunPlan, resume_step: int) -> list[Tracker]:
-    """Those that the flags of one run ask for; resume_step: where its checkpoint stands, 0 for a fresh run."""
+    """The trackers that a run's flags ask for; resume_step: its checkpoint's step, 0 for a fresh run."""
     found: list[Tracker] = []
     out, publish = plan.config.out, plan.config.publish
     if publish.tensorboard:
@@ -46,7 +46,7 @@ def numbers_of(line: Mapping[str, Any], layers: tuple[int, ...]) -> dict[str, fl
 def _tensorboard(folder: Path, resume_step: int) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
-    # The steps after a checkpoint are made again: TensorBoard then hides the old ones.
+    # The steps after a checkpoint are repeated: TensorBoard hides the old ones.
     writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
 
     def log(numbers: Mapping[str, float], step: int) -> None:

@@ -304,7 +304,7 @@ def test_what_a_format_cannot_say_is_not_written(tmp_path: Path, to: Any, change
 def test_what_a_format_writes_comes_back_as_it_was(
     tmp_path: Path, to: Any, activation: Any, standardize: Any, encoder_bias: bool, subtracted: bool
 ) -> None:
-    """Whatever a layout does not refuse."""
+    """Everything that a layout does not refuse."""
     layers = (3, 5) if standardize == "layer" else ()
     how = {"standardize": standardize, "layers": layers, "apply_b_dec_to_input": subtracted}
     sae = make_variant(activation, encoder_bias=encoder_bias, **how)

@@ -71,7 +71,7 @@ def test_codes_above_thresholds_by_hand(tile_bytes: int) -> None:
 
 
 def test_a_bfloat16_product_is_compared_with_the_threshold_as_it_is() -> None:
-    """Not with the threshold rounded to bfloat16, which may be the next number above it."""
+    """The comparison must not round the threshold to bfloat16, which may be the next number above it."""
     z = torch.arange(250, 262).bfloat16() / 128  # neighbours in bfloat16
     encoder = ReadyEncoder(TORCH, torch.ones(1, 1), product_dtype=torch.bfloat16)
     for threshold in (1.9999, 2.0, 2.0001, 2.0079, 2.0156, 0.0):

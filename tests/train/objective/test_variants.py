@@ -295,7 +295,7 @@ def test_the_threshold_of_inference_is_the_running_mean_of_the_smallest_kept(act
 
 
 def test_the_first_batch_gives_jumprelu_its_thresholds() -> None:
-    """Until then they are 0. Theirs are those that let k latents a row through; later batches only train them."""
+    """Until then thresholds are 0. The first batch sets them to let k latents per row through; others train them."""
     config = SAEConfig(d_model=4, n_latents=8, k=2, activation="jumprelu")
     sae = MLSAE(config)
     sae.initialize(0)

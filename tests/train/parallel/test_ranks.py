@@ -19,7 +19,7 @@ from train.run import train, train_all
 
 @pytest.fixture(autouse=True)
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than the training."""
+    """Figures take longer than the training."""
     monkeypatch.setattr("train.run.write_outputs", lambda result, anew: None)
 
 

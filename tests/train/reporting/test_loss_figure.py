@@ -1,4 +1,4 @@
-"""The picture of a run is left out where it cannot be drawn."""
+"""The figure of a run is left out if it cannot be drawn."""
 
 import sys
 from pathlib import Path

@@ -1,13 +1,13 @@
 """The sparse pieces of a training step, compiled for CPUs.
 
-Tensors go in and come out; inside, the loops of `train.kernels.cpu.topk_loops` and `train.kernels.cpu.sparse_loops`
-work on their memory without a copy, on as many threads as torch uses. Everything that is read or written is checked
-first, latent numbers included, because the loops check nothing. First use compiles (some seconds, once: see
-`train.kernels.cpu.compiling` for the cache).
+Arguments and results are tensors; inside, the loops of `train.kernels.cpu.topk_loops` and
+`train.kernels.cpu.sparse_loops` work on their memory without a copy, on as many threads as torch uses. All that is read
+or written is checked first, latent indices included, because the loops check nothing. The first use compiles (some
+seconds, once: see `train.kernels.cpu.compiling` for the cache).
 
-Gradients fused with the optimiser, so that no [M, D] gradient is stored, gained nothing when measured.
+Fusing gradients with the optimiser, so that no [M, D] gradient is stored, gained nothing when measured.
 
-Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row.
+Shapes: N rows of a batch, D d_model, M n_latents, k active latents per row.
 """
 
 from typing import Any, final
@@ -74,7 +74,7 @@ class CpuKernels(Kernels):
         starts, order = np.empty(n_latents + 1, np.int64), np.empty(n * k, np.int64)
         pairs = array_of(values, "coefficients", n, k), array_of(value_grads, "coefficients", n, k, like=values)
         loops.sort_pairs(_latents(indices, n, k, n_latents).ravel(), *(part.ravel() for part in pairs), starts, order)
-        # Adding a row is most of a pair's work, writing the sum about twice that.
+        # Work is counted as 1 for a pair, whose row is added, and 2 for a latent, whose sum is written.
         work = starts + 2 * np.arange(n_latents + 1)
         borders = even_chunks(int(work[-1]), CHUNK // 512)
         borders[1:-1] = np.searchsorted(work, borders[1:-1]).tolist()
@@ -103,7 +103,7 @@ class CpuKernels(Kernels):
 
 
 def _latents(indices: Tensor, n: int, k: int, n_latents: int) -> np.ndarray[Any, Any]:
-    """The memory of `indices` [N, k] once every number is known to be a latent's."""
+    """The memory of `indices` [N, k], after checking that every entry is a latent."""
     if indices.dtype != torch.int64:
         raise TypeError(f"indices: expected int64, found {indices.dtype}")
     if indices.numel():

@@ -1,25 +1,25 @@
 """The k largest pre-activations by an 8-bit screen: as exact as the float32 product, at a fraction of its time.
 
-Where the processor multiplies bytes (AVX-512 VNNI), a product of 8-bit integers is four times as fast as one in
-float32, and too coarse to be the answer. It is good enough to say which latents can be among the k largest:
+If the processor multiplies bytes (AVX-512 VNNI), a product of 8-bit integers is four times as fast as one in float32.
+It is too coarse to be the answer, but good enough to tell which latents can be among the k largest:
 
 1. Vectors and encoder rows are rotated by the same orthogonal matrix (random signs, then a Hadamard matrix on up to 64
-   parts of the coordinates), which leaves every product as it is and spreads outliers, then rounded to 8 bits with a
-   scale each.
+   parts of the coordinates), which keeps every product and spreads outliers, then rounded to 8 bits, each with its own
+   scale.
 2. The integer product estimates every pre-activation. Rounding errors are sums of hundreds of small independent terms,
-   so they are sub-Gaussian with a standard deviation sigma that the scales and norms give, a latent's own, and an
-   estimate is off by more than 8 sigma once in 10^13. Estimates are looked at in registers; those that may be among
-   the k largest, some two hundred a vector, are kept; the bound rises as they come (`train.kernels.cpu.screen_loops`).
-3. The k largest estimates are multiplied out in float32 with the weights as they are, and then every latent whose
-   estimate plus 8 sigma reaches the least of those products: values and order come from the products alone. They also
+   so they are sub-Gaussian with a standard deviation sigma, one per latent, that follows from the scales and norms; an
+   estimate is off by more than 8 sigma once in 10^13. Estimates stay in registers; only those that may be among the k
+   largest, some two hundred per vector, are kept, and their bound rises (`train.kernels.cpu.screen_loops`).
+3. The k latents with the largest estimates are computed in float32 with the original weights, then every latent whose
+   estimate plus 8 sigma reaches the least of those products: values and order come only from the products. They also
    show the estimates' true errors.
-4. A vector in which one of those is above 6 sigma, or more than a thousand latents are too close to tell, or the bound
-   rose too far, or which is zero or not finite, has all its products made instead.
+4. If such an error is above 6 sigma, or more than a thousand latents are too close to tell, or the bound rose too far,
+   or the vector is zero or not finite, all its products are computed instead.
 
-So the result is that of the float32 product, to its rounding, in an order of summation that depends on the processor's
-vector width alone: neither on the number of threads nor on the vectors beside it.
+So the result is that of the float32 product, up to rounding, summed in an order that depends only on the processor's
+vector width, not on the number of threads or the other vectors.
 
-Shapes: N vectors, D d_model, M n_latents, k active latents a vector.
+Shapes: N vectors, D d_model, M n_latents, k active latents per vector.
 """
 
 import math
@@ -34,16 +34,16 @@ from train.kernels.cpu.compiling import even_chunks, run_chunks
 from train.kernels.cpu.selection import topk_relu
 from train.kernels.interface import SparseCodes
 
-TILE_BYTES = 16 * 2**20  # products of vectors that the screen leaves out that are held at once
-MAX_BLOCKS = 64  # parts of a vector that are mixed at most
+TILE_BYTES = 16 * 2**20  # memory for all products of vectors that the screen leaves out
+MAX_BLOCKS = 64  # most parts of a vector that are mixed
 SIGMAS = 8.0  # margin of an estimate, in standard deviations of its error
-_MANY = 64  # latents for each of the k, so that it pays
-_FIRST_SAMPLE = 4  # panels after which bounds are first drawn up
-_LEAST_NORM = 1e-3  # of the largest row's: smaller rows are given that norm's margin
+_MANY = 64  # the screen pays from so many latents for each of the k
+_FIRST_SAMPLE = 4  # panels after which the first bounds are set
+_LEAST_NORM = 1e-3  # relative to the largest row's norm: smaller rows get the margin of this norm
 
 
 class Screen:
-    """An encoder's weights, made ready to be screened; they must not change while it is used."""
+    """An encoder's weights, prepared for screening; they must not change while it is used."""
 
     def __init__(self, W_enc: Tensor) -> None:
         """W_enc float32 [M, D]."""
@@ -54,10 +54,10 @@ class Screen:
         self._blocks = math.gcd(d, MAX_BLOCKS)
         n_panels = -(-m // loops.PANEL)
         places = n_panels * loops.PANEL
-        # In random order, so that the first of them are a fair sample.
+        # In random order, so that the first are a fair sample.
         self._order = torch.zeros(places, dtype=torch.int32)
         self._order[:m] = torch.randperm(m, generator=generator)
-        # torch's memory starts on a cache line; numpy's need not, which makes products slower.
+        # torch aligns memory to a cache line; numpy may not, which makes products slower.
         self._panels = torch.empty(n_panels, d // 4, loops.PANEL, dtype=torch.int32)
         self._scale, self._size = torch.empty(2, places)
         arrays = (part.numpy() for part in (self._weights, self._order, self._signs))
@@ -65,7 +65,7 @@ class Screen:
         run_chunks(loops.pack_latents, even_chunks(n_panels, 8), *arrays, self._blocks, *results)
         largest = float(self._size.max())
         self._sound = math.isfinite(largest)
-        """Whether all weights are finite; if not, all products are made."""
+        """Whether all weights are finite; if not, all products are computed."""
         self._size.clamp_(min=max(1e-30, _LEAST_NORM * largest))
         self._coarseness = float((self._scale / self._size).max())
         self._size[m:] = -torch.inf
@@ -74,7 +74,7 @@ class Screen:
 
     @staticmethod
     def fits(W_enc: Tensor, k: int) -> bool:
-        """Whether it works and pays: float32 weights [M, D], D in whole quads, many latents per k, an able machine."""
+        """Whether it works and pays: float32 weights [M, D], D a multiple of 16, many latents per k, a CPU that can."""
         m, d = W_enc.shape
         shaped = W_enc.dtype == torch.float32 and W_enc.device.type == "cpu" and d % 16 == 0 and m >= _MANY * k
         return shaped and has_byte_products()
@@ -92,7 +92,7 @@ class Screen:
         run_chunks(
             loops.pack_rows, even_chunks(n_blocks, 8), centred.numpy(), self._signs.numpy(), self._blocks, *packed
         )
-        # The error's standard deviation over the norm of a latent, in units of the row's scale.
+        # The error's standard deviation relative to a latent's norm, in units of the row's scale.
         spread = ((1 + self._coarseness**2 * square / scale.square()) / 12).sqrt()
         margin = torch.where(scale > 0, SIGMAS * spread, 0)
         values, indices = torch.empty(n, k), torch.empty(n, k, dtype=torch.int64)
@@ -113,13 +113,13 @@ class Screen:
         return SparseCodes(values, indices)
 
     def _ranks(self, k: int) -> np.ndarray:
-        """int32 [p]: by panel, the rank among the latents so far that at least k of all M reach but for one vector in
-        some hundred thousand (5 standard deviations), where their number has quadrupled; else 0."""
+        """int32 [p]: after each panel, 0, or if the number of latents has quadrupled, the rank among those so far that
+        at least k of all M reach, but for one vector in some hundred thousand (5 standard deviations)."""
         n_panels = len(self._panels)
         ranks = np.zeros(n_panels, np.int32)
         panels = _FIRST_SAMPLE
         while panels < n_panels:
-            share = panels / n_panels  # of the k largest, so many are among them in the mean
+            share = panels / n_panels  # the mean share of the k largest that is among them
             ranks[panels - 1] = min(k, math.ceil(k * share + 5 * (k * share * (1 - share)) ** 0.5) + 1)
             panels *= 4
         return ranks

@@ -1,7 +1,7 @@
-"""What of the 8-bit screen is written in processor instructions: the estimates of a block, and which of them are kept.
+"""The part of the 8-bit screen in processor instructions: the estimates of a block, and which of them are kept.
 
-The functions of compiled loops here are written as the LLVM code that numba puts in their place. VPDPBUSD of AVX-512
-VNNI multiplies four pairs of bytes and adds the products to a sum, for 16 sums at once; 14 rows x 32 latents of sums
+These functions for compiled loops are written as LLVM code, which numba inserts at each call. VPDPBUSD of AVX-512 VNNI
+multiplies four pairs of bytes and adds the products to a sum, for 16 sums at once; the sums of 14 rows x 32 latents
 stay in registers, become estimates there, and are compared with each row's bound; VPCOMPRESS writes those above it.
 
 Tested in tests/train/kernels/cpu/test_screen.py.
@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 _VECTORS, _LANES = 2, 16
 ROWS, PANEL = 14, _VECTORS * _LANES
-"""Estimates of a block: 14 x 32; 28 of the 32 vector registers."""
+"""A block has 14 x 32 estimates, in 28 of the 32 vector registers."""
 
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _INTS, _FLOATS, _BITS = (ir.VectorType(kind, _LANES) for kind in (_I32, _F32, ir.IntType(1)))
@@ -25,8 +25,8 @@ _BYTES = ir.VectorType(ir.IntType(8), 4 * _LANES) if binding.llvm_version_info[0
 
 
 def _choice(name: str) -> Any:
-    """The LLVM operation of that name on two float32 numbers neither of which is a NaN: loops of it are vectorised, as
-    those of comparisons and branches are not."""
+    """The LLVM operation of that name on two float32 numbers, neither a NaN: loops of it are vectorised, unlike those
+    of comparisons and branches."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = ir.FunctionType(ir.FloatType(), [ir.FloatType()] * 2)
@@ -47,13 +47,13 @@ greater, lesser = _choice("maxnum"), _choice("minnum")
 def collect_block(
     typing_context, left, right, quads, offset, scale, size, margin, bound, latent, guesses, latents, room, counts
 ):
-    """Estimates of 14 rows and a panel; those that may exceed their row's bound join its candidates.
+    """Estimate 14 rows times a panel, and add those that may exceed their row's bound to its candidates.
 
-    left: int32 [quads, 14]; right: int32 [quads, 32]; offset: int32 [14], where the sums begin; scale, size: [32];
-    margin, bound: [14]; latent: int32 [32], their numbers. A latent joins if estimate + margin * size > bound, with
-    estimate = sum * scale: it is written to guesses float32 [14, room], its number to latents int32 [14, room], both
-    from the row's count on, int32 [14], which goes up. Something may be written to the 32 places beyond. All but
-    `quads` and `room` are addresses.
+    left: int32 [quads, 14]; right: int32 [quads, 32]; offset: int32 [14], the sums' initial values; scale, size: [32];
+    margin, bound: [14]; latent: int32 [32], the panel's latents. A latent is added if estimate + margin * size > bound,
+    with estimate = sum * scale: the estimate goes to guesses float32 [14, room], the latent to latents int32
+    [14, room], both at the row's count, int32 [14], which goes up. The 32 places beyond may be overwritten. All
+    arguments but `quads` and `room` are addresses.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -94,7 +94,7 @@ def _multiply(builder: Any, left: Any, right: Any, quads: Any, offset: Any) -> l
 
 
 def _keep_above(builder, sums, scale, size, margin, bound, latent, guesses, latents, room, counts):
-    """Write the estimates that may exceed their row's bound, and the numbers of their latents."""
+    """Write the estimates that may exceed their row's bound, and their latents."""
     pack_floats = _instruction(builder, "x86.avx512.mask.compress.v16f32", _FLOATS, _FLOATS, _FLOATS, _BITS)
     pack_ints = _instruction(builder, "x86.avx512.mask.compress.v16i32", _INTS, _INTS, _INTS, _BITS)
     count_bits = _instruction(builder, "ctpop.i16", _I16, _I16)
@@ -127,7 +127,7 @@ def _instruction(builder: Any, name: str, result: Any, *operands: Any) -> Any:
 
 
 def _at(builder: Any, address: Any, place: Any, kind: Any) -> Any:
-    """A pointer to what lies `place` times 4 bytes behind an address."""
+    """A pointer to `place` times 4 bytes after an address."""
     place = _I64(place) if isinstance(place, int) else place
     return builder.inttoptr(builder.add(address, builder.shl(place, _I64(2))), kind.as_pointer())
 

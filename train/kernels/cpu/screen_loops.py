@@ -1,17 +1,17 @@
-"""Compiled loops of the 8-bit screen: bytes packed, latents that may be among the largest, their exact products.
+"""Compiled loops of the 8-bit screen: packing bytes, finding latents that may be among the largest, exact products.
 
 - Rows are rounded to signed bytes and packed in blocks of 14, latents to unsigned bytes (plus 128) in panels of 32,
   four coordinates side by side, as `train.kernels.cpu.screen_instructions` multiplies them.
-- Whenever the number of latents seen has quadrupled, a row's bound is drawn up. They are a fair sample, of which the
-  largest estimates say what k of all latents are nearly sure to reach; whether k did is known at the end. So a row has
-  some two hundred candidates in all, of M. Where they fill their room before, the bound is what k surely reach.
+- Whenever the number of latents seen has quadrupled, a row's bound is raised. The latents seen are a fair sample: their
+  largest estimates tell what k of all latents almost certainly reach; the end shows whether k did. So a row has some
+  two hundred candidates of M in all. If they fill their room earlier, the bound is one that k certainly reach.
 
-A row's bits depend on itself and the weights alone: a product is summed in one order, wherever its latent stands among
-the candidates. `train.kernels.cpu.screen` has the whole method.
+A row's bits depend only on itself and the weights: a product is summed in the same order wherever its latent stands
+among the candidates. `train.kernels.cpu.screen` describes the whole method.
 
 Tested in tests/train/kernels/cpu/test_screen.py.
 
-Shapes: N rows, D d_model, M n_latents, k; q = D / 4 quads, b blocks of 14 rows, p panels of 32 latents.
+Shapes: N rows, D d_model, M n_latents, k active latents; q = D / 4 quads, b blocks of 14 rows, p panels of 32 latents.
 """
 
 import numpy as np
@@ -22,18 +22,18 @@ from train.kernels.cpu.screen_instructions import PANEL, ROWS, collect_block, gr
 from train.kernels.cpu.sparse_loops import dot
 
 GROUP = 24
-"""Blocks that a thread takes through all panels: so many that reading a panel is a small part of using it."""
+"""Blocks that a thread takes through all panels together: enough that reading a panel costs little beside using it."""
 
-_ROOM = 224  # candidates beyond k before a row is cut for the first time
-_MOST = 1024  # candidates that a row may have after a cut; with more it is left out
-_TILE = 64  # latents that one row after another is multiplied with: so many stay in a core's cache
-_CHECKED = 0.75  # of the margin: a row in which an estimate is further off is left out
+_ROOM = 224  # candidates beyond k before a row is first cut
+_MOST = 1024  # most candidates beyond k after a cut; a row with more is left out
+_TILE = 64  # latents that are multiplied with all rows in turn: so many fit a core's cache
+_CHECKED = 0.75  # share of the margin; a row with an estimate further off is left out
 
 
 @inlined
 def _rotate(row, signs, blocks, out):
     """out [D] = signs * row, its `blocks` equal parts mixed by a Hadamard matrix (Sylvester 1867): sums and differences
-    of parts, then of pairs of parts, and so on. That is sqrt(blocks) times an orthogonal matrix."""
+    of parts, then of pairs of parts, and so on. This is sqrt(blocks) times an orthogonal matrix."""
     d = row.size
     for i in range(d):
         out[i] = row[i] * signs[i]
@@ -49,8 +49,8 @@ def _rotate(row, signs, blocks, out):
 
 @inlined
 def _round(rotated, line):
-    """The nearest bytes to multiples of one scale, line int8 [D]: the scale, and the sum of the bytes. Of numbers that
-    are not finite or all zero, the scale and the bytes are 0."""
+    """Round to multiples of one scale, as bytes in line int8 [D]; returns the scale and the sum of the bytes. If the
+    numbers are not finite or all zero, the scale and the bytes are 0."""
     largest = np.float32(0)
     for i in range(rotated.size):
         largest = greater(largest, abs(rotated[i]))  # pyright: ignore[reportCallIssue]  numba passes its context
@@ -65,8 +65,8 @@ def _round(rotated, line):
 
 @compiled
 def pack_latents(start, stop, weights, order, signs, blocks, panels, scale, norm):
-    """Panels start..stop of int32 [p, q, 32], from weights [M, D] in the order of `order` [32 p]: rotated, rounded,
-    plus 128, as bytes; and the scale and norm of each, [32 p]. Beyond the first M all are those of a row of zeros."""
+    """Fill panels start..stop of int32 [p, q, 32] with weights [M, D] in the order of `order` [32 p], rotated, rounded,
+    plus 128, as bytes; and their scales and norms [32 p]. Places beyond M are filled as for rows of zeros."""
     m, d = weights.shape
     unit = np.float32(1 / np.sqrt(blocks))
     rotated, line = np.empty(d, np.float32), np.empty(d, np.int8)
@@ -87,10 +87,10 @@ def pack_latents(start, stop, weights, order, signs, blocks, panels, scale, norm
 
 @compiled
 def pack_rows(start, stop, rows, signs, blocks, packed, scale, square, offset):
-    """Blocks start..stop of int32 [b, q, 14], from rows [N, D]: rotated and rounded, four bytes each.
+    """Fill blocks start..stop of int32 [b, q, 14] with rows [N, D], rotated and rounded, four bytes each.
 
-    Also each row's scale, squared norm and -128 times the sum of its bytes, all [14 b]. Rows beyond N, of zeros and of
-    numbers that are not finite have bytes and scale 0.
+    Also each row's scale, squared norm and -128 times the sum of its bytes, all [14 b]. Rows beyond N, of zeros, or not
+    finite get bytes and scale 0.
     """
     n, d = rows.shape
     unit = np.float32(1 / np.sqrt(blocks))
@@ -110,12 +110,12 @@ def pack_rows(start, stop, rows, signs, blocks, packed, scale, square, offset):
 
 @compiled
 def screen_blocks(start, stop, packed, screened, ranks, own_size, centred, weights, values, indices, left_out):
-    """Rows of the blocks start..stop: values [N, k], indices [N, k], and whether a row was left out [N].
+    """For the rows of blocks start..stop: values [N, k], indices [N, k], and whether a row was left out [N].
 
     packed: blocks, offset and scale of `pack_rows`, and margin [14 b], 0 for rows that have no scale. screened: panels
-    of `pack_latents`, and scale, size, order [32 p] of their latents, size -inf where there is none; own_size [M]: by
-    latent. An estimate is off by at most margin * size. ranks [p]: after which panels bounds are drawn up, and to which
-    of a row's candidates; else 0. centred [N, D], weights [M, D].
+    of `pack_latents`, and scale, size, order [32 p] of their latents, size -inf where there is none; own_size [M]: the
+    sizes by latent. An estimate is off by at most margin * size. ranks [p]: which of a row's candidates becomes its
+    bound after a panel; 0: none. centred [N, D], weights [M, D].
     """
     blocks, offset, row_scale, margin = packed
     panels, scale, size, order = screened
@@ -174,7 +174,7 @@ def screen_blocks(start, stop, packed, screened, ranks, own_size, centred, weigh
 
 @inlined
 def _finish(candidates, row, size, largest, weights, exact, values, indices):
-    """The k largest products of a row, candidates [:n] being all that may exceed `bound`; False where in doubt."""
+    """The k largest products of a row whose candidates [:n] are all that may exceed `bound`; False if in doubt."""
     guess, latent, n, bound = candidates
     scale, margin, own = row
     k = values.size
@@ -213,9 +213,9 @@ def _finish(candidates, row, size, largest, weights, exact, values, indices):
 
 @inlined
 def _put_first(guess, latent, start, stop, bound):
-    """Of the candidates start..stop, put those whose estimate reaches the bound first; returns where they end.
+    """Move the candidates start..stop whose estimate reaches the bound to the front; returns where they end.
 
-    64 comparisons become the bits of a mask, which compilers know how to vectorise; hits are rare.
+    64 comparisons become the bits of a mask, which compilers can vectorise; hits are rare.
     """
     end = start
     for begin in range(start, stop, 64):
@@ -236,7 +236,7 @@ def _put_first(guess, latent, start, stop, bound):
 
 @compiled
 def multiply_latents(start, stop, centred, weights, out):
-    """Latents start..stop of out [N, M] = centred [N, D] @ weights [M, D]^T, to the bit as `screen_blocks`."""
+    """Latents start..stop of out [N, M] = centred [N, D] @ weights [M, D]^T, with the same bits as `screen_blocks`."""
     latents = np.arange(stop).astype(np.int32)
     for first in range(start, stop, _TILE):
         for r in range(centred.shape[0]):
@@ -245,7 +245,7 @@ def multiply_latents(start, stop, centred, weights, out):
 
 @inlined
 def _multiply(own, weights, latent, start, stop, exact):
-    """Fill exact [start..stop] with the products of the candidates, always four at a time: all in the same order."""
+    """Fill exact [start..stop] with the candidates' products, always four at a time, each summed in the same order."""
     for i in range(start, stop, 4):
         second, third, fourth = min(i + 1, stop - 1), min(i + 2, stop - 1), min(i + 3, stop - 1)
         row_a, row_b = weights[latent[i]], weights[latent[second]]
@@ -261,7 +261,7 @@ def _multiply(own, weights, latent, start, stop, exact):
 
 @inlined
 def _kth_largest(numbers, n, k):
-    """At most the k-th largest of numbers[:n] and nearly that, by halving the range that holds it."""
+    """The k-th largest of numbers[:n] or slightly less, by halving the range that holds it."""
     low, high = numbers[0], numbers[0]
     for i in range(n):
         low, high = lesser(low, numbers[i]), greater(high, numbers[i])  # pyright: ignore[reportCallIssue]
@@ -282,7 +282,7 @@ def _kth_largest(numbers, n, k):
 
 @inlined
 def _padded(numbers, n):
-    """Put -inf after numbers[:n], where there is room, up to a length of loops that compilers vectorise whole."""
+    """Fill up numbers[:n], which has room behind, with -inf to a length whose loops vectorise whole; returns it."""
     padded = (n + 31) // 32 * 32
     numbers[n:padded] = -np.inf
     return padded

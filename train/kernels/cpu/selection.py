@@ -1,6 +1,6 @@
-"""Choosing the k largest of each row on a CPU: tensors go in and come out of `train.kernels.cpu.topk_loops`.
+"""Choosing the k largest of each row on a CPU: passes tensors to the loops of `train.kernels.cpu.topk_loops`.
 
-Shapes: N rows, M n_latents, k.
+Shapes: N rows, M n_latents, k active latents per row.
 """
 
 from typing import Any
@@ -21,11 +21,11 @@ _KEYS = {
 """Type of pre-activations -> integers of its width, integers of the values' width, the bits of +inf."""
 
 CHUNK = 2**17
-"""Numbers that a chunk reads at least, some tens of microseconds of work."""
+"""Least numbers that a chunk reads: some tens of microseconds of work."""
 
 
 def topk_relu(z: Tensor, k: int) -> SparseCodes:
-    """As `Kernels.topk_relu`; values are float32, or float64 for float64. Equal entries are in the order of latents."""
+    """As `Kernels.topk_relu`; values are float32, or float64 for float64. Equal entries are ordered by latent."""
     key_type, value_type, infinity = _keys(z)
     if z.dim() != 2 or not 1 <= k <= z.shape[1]:
         raise ValueError(f"z {list(z.shape)}, k {k}: expected a matrix [N, M] and 1 <= k <= M")
@@ -60,9 +60,9 @@ def _keys(z: Tensor) -> tuple[torch.dtype, torch.dtype, int]:
 def array_of(
     tensor: Tensor, name: str, *shape: int, like: Tensor | None = None, written: bool = False
 ) -> np.ndarray[Any, Any]:
-    """The tensor's memory for a loop, of this shape, on the CPU, and of the type of `like`.
+    """The tensor's memory for a loop, after checking that it has this shape and the type of `like`, on the CPU.
 
-    What is only read may have any strides and is copied if need be; what is written must be contiguous itself.
+    A tensor that is only read may have any strides and is copied if necessary; one that is written must be contiguous.
     """
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, found {list(tensor.shape)}")

@@ -1,17 +1,17 @@
 """Compiled loops for what follows the codes, row by row: decoder, gradients, and the optimiser's step.
 
-- A decoded row and a row of a weight gradient are the same thing, a weighted sum of rows picked by number ("bag"), over
-  a batch row's latents in the one case and a latent's batch rows in the other. Four picked rows are added at a time, so
-  that the sum is loaded and stored a quarter as often; nothing of size [N, k, D] is made.
+- A decoded row and a row of a weight gradient are both a weighted sum of rows picked by index (a "bag"): over a batch
+  row's latents in the one case, over a latent's batch rows in the other. Four picked rows are added at a time, so that
+  the sum is loaded and stored a quarter as often; nothing of size [N, k, D] is made.
 - The (row, latent) pairs are sorted by latent with a counting sort, which is stable: within a latent the rows ascend,
-  so every sum has one order. Pairs whose coefficients are both zero are left out.
-- Adam, the projection before it and the normalisation after it take a row while it is in the core's cache.
+  so every sum has a fixed order. Pairs whose coefficients are both zero are left out.
+- Adam, the projection before it and the normalisation after it process a row while it is in the core's cache.
 
-Sums are vectorised, in an order that depends on the processor's vector width and on nothing else of the machine.
+Sums are vectorised, in an order that depends on the processor's vector width and nothing else.
 
 Tested in tests/train/kernels/cpu/test_backend.py.
 
-Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row, P <= N * k pairs.
+Shapes: N rows of a batch, D d_model, M n_latents, k active latents per row, P <= N * k pairs.
 """
 
 import numpy as np
@@ -48,7 +48,7 @@ def dot(a, b):
 
 @inlined
 def _dots(row, picked, first, last, rows, out):
-    """out[p - first] = <row, rows[picked[p]]> for p in first..last: what `_bag` is to a sum."""
+    """out[p - first] = <row, rows[picked[p]]> for p in first..last, four at a time as in `_bag`."""
     fours = first + (last - first) // 4 * 4
     for p in range(first, fours, 4):
         row_a, row_b, row_c, row_d = rows[picked[p]], rows[picked[p + 1]], rows[picked[p + 2]], rows[picked[p + 3]]
@@ -88,7 +88,7 @@ def reconstruct_rows(start, stop, values, indices, W_dec, centred, weight, error
     flat_values, flat_indices = values.ravel(), indices.ravel()
     for n in range(start, stop):
         row_error, row_grad = error[n], grad_out[n]
-        width = k  # without the zeros behind: where the number of active latents varies, most of a row
+        width = k  # skip trailing zeros: most of a row if the number of active latents varies
         while width > 0 and values[n, width - 1] == 0:
             width -= 1
         _bag(flat_values, flat_indices, n * k, n * k + width, W_dec, row_error)
@@ -108,7 +108,7 @@ def reconstruct_rows(start, stop, values, indices, W_dec, centred, weight, error
 def sort_pairs(indices, first, second, starts, order):
     """Stable counting sort of the pairs by latent: indices, two coefficients [N * k] -> starts [M + 1], order [P].
 
-    Latent j's pairs are order[starts[j]:starts[j + 1]], numbers n * k + i that ascend; those of two zeros are left out.
+    Latent j's pairs are order[starts[j]:starts[j + 1]], ascending numbers n * k + i; pairs of two zeros are left out.
     """
     starts[:] = 0
     for pair in range(indices.size):
@@ -147,7 +147,7 @@ def adam_rows(
     start, stop, weight, grad, exp_avg, exp_avg_sq, columns, scale, size, beta1, beta2, correction, epsilon, unit_rows
 ):
     """Adam on rows start..stop, in place; the numbers are those of `train.kernels.interface.AdamStep`, size its step
-    size; columns are none where each weight has its own mean square."""
+    size; columns is empty if each weight has its own mean square."""
     number = weight.dtype.type
     new_1, keep_2, new_2 = number(1 - beta1), number(beta2), number(1 - beta2)
     scale, size = number(scale), number(size)

@@ -2,20 +2,19 @@
 
 1. One pass over the row takes the maximum of each block of 64 latents.
 2. The k-th largest block maximum bounds the k-th largest latent from below: k blocks hold a latent that reaches it.
-3. Only blocks that reach the bound are looked at again, for the latents that reach it: a few more than k.
+3. Only blocks that reach the bound are searched again, for the latents that reach it: a few more than k.
 4. Those are sorted, and the first k are the answer.
 
-Where k is more than half of the blocks, a bound is found over the latents themselves. Numbers are compared as integers:
-the bits of floats that are not negative, read as an integer, are in the floats' order. A row in which no positive bound
-is found, or which holds a NaN, is first mapped to integers that are in order for every float and take NaN for the
-largest (as torch.topk does), and its bound is the k-th largest latent. Bounds are built bit by bit from the top, by
-counting the entries that reach them.
+If k is more than half of the blocks, the bound is found from the latents themselves. Numbers are compared as integers:
+the bits of floats that are not negative, read as an integer, are in the floats' order. A row without a positive bound,
+or with a NaN, is first mapped to integers that are in order for every float, with NaN the largest (as in torch.topk);
+its bound is the k-th largest latent. Bounds are built bit by bit from the top, by counting the entries that reach them.
 
 Order of the result: largest first, equal values by ascending latent (-0 equals +0, and one NaN another).
 
 Tested in tests/train/kernels/cpu/test_selection.py.
 
-Shapes: N rows, M n_latents, k. "Keys" are signed integers of the floats' width (int16 for bfloat16, int32, int64).
+Shapes: N rows, M n_latents, k latents. "Keys" are signed integers of the floats' width (int16, int32 or int64).
 """
 
 import numpy as np
@@ -23,15 +22,15 @@ from numba.cpython.unsafe.numbers import trailing_zeros
 
 from train.kernels.cpu.compiling import compiled, inlined
 
-_BLOCK = 64  # one bit of a 64-bit mask a latent
+_BLOCK = 64  # latents; each has one bit of a 64-bit mask
 
 
 @compiled
 def topk_rows(start, stop, bits, k, infinity, values, indices):
-    """Rows start..stop of: bits [N, M] of the pre-activations -> the bits of values [N, k] after ReLU, indices [N, k].
+    """For rows start..stop: bits [N, M] of the pre-activations -> bits of values [N, k] after ReLU, indices [N, k].
 
-    `infinity` is the key of +inf. `values` is of the keys' type, or int32 where the keys are int16: bfloat16's bits
-    become float32's.
+    `infinity` is the key of +inf. `values` has the keys' type, or int32 if the keys are int16: bfloat16's bits become
+    float32's.
     """
     n_latents = bits.shape[1]
     n_blocks = -(-n_latents // _BLOCK)
@@ -76,7 +75,7 @@ def topk_rows(start, stop, bits, k, infinity, values, indices):
 def keep_rows(start, stop, bits, k, infinity, out):
     """Rows start..stop of out [N, M] (which may be `bits`): ReLU of the row, with all but its k largest set to zero.
 
-    Of equal entries the lowest latents stay; any NaN becomes the same NaN, the largest of all.
+    Of equal entries the lowest latents stay; every NaN becomes the same NaN, which counts as the largest.
     """
     n_latents = bits.shape[1]
     sign_bit = 8 * bits.itemsize - 1
@@ -105,7 +104,7 @@ def keep_rows(start, stop, bits, k, infinity, out):
 
 @inlined
 def _block_maxima(row, largest, maxima):
-    """Fill maxima [n_blocks] with the largest key of each block; returns the largest bits but for the sign."""
+    """Fill maxima [n_blocks] with the largest key of each block; returns the row's largest bits without the sign."""
     magnitude = row.dtype.type(0)
     whole = row.size // _BLOCK
     for b in range(whole):
@@ -156,7 +155,7 @@ def _count_reaching(keys, n, bound):
 def _take_block(row, start, bound, keys, latents, found):
     """Append the keys of the block at `start` that reach the bound; returns how many there are now.
 
-    The 64 comparisons become the bits of a mask, which compilers know how to vectorise; hits are rare.
+    The 64 comparisons become the bits of a mask, which compilers can vectorise; hits are rare.
     """
     block = row[start : min(start + _BLOCK, row.size)]
     hits = np.uint64(0)
@@ -177,7 +176,7 @@ def _take_block(row, start, bound, keys, latents, found):
 
 @inlined
 def _cut_to_largest(keys, latents, n, k, bound):
-    """Keep the k largest of keys[:n] in place, `bound` being the k-th; of those equal to it, the first. Returns k."""
+    """Keep the k largest of keys[:n] in place, where `bound` is the k-th; of equals the first. Returns k."""
     spare = k
     for i in range(n):
         spare -= keys[i] > bound

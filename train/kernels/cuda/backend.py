@@ -1,14 +1,14 @@
 """The sparse pieces of a training step for CUDA, in Triton: `train.kernels.interface`.
 
-The programs are in `train.kernels.cuda.row_programs`. The fixed order of all sums costs a stable sort of the N * k
-latent numbers and nothing else. First use compiles (seconds, once: Triton keeps its code in ~/.triton).
+The programs are in `train.kernels.cuda.row_programs`. The fixed order of all sums costs only a stable sort of the N * k
+latent indices. The first use compiles (seconds, once: Triton caches its code in ~/.triton).
 
 With TRITON_INTERPRET=1 in the environment before the import the programs run on the CPU, slowly, for tests.
 
-Block sizes are reasoned, not tuned; what they give on an H200: benchmarks/results/2026-11-29-gpu.md. Not here: the
+Block sizes are reasoned, not tuned; their speed on an H200: benchmarks/results/2026-11-29-gpu.md. Not here: the
 encoder's product, which is torch's.
 
-Shapes: N rows of a batch, D d_model, M n_latents, k active latents a row, P = N * k pairs.
+Shapes: N rows of a batch, D d_model, M n_latents, k active latents per row, P = N * k pairs.
 """
 # Launches take more than a program's own parameters:
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -23,10 +23,10 @@ from train.kernels.cuda import row_programs
 from train.kernels.interface import AdamStep, Kernels, Reconstruction, SparseCodes, WeightGradients
 from train.kernels.plain import TORCH
 
-_CANDIDATES = 4096  # entries of a row that are looked at closely, at most: k groups
-_GROUPS = 16384  # of a row, at most; a program holds all their maxima
+_CANDIDATES = 4096  # most entries of a row that are candidates: k groups
+_GROUPS = 16384  # most groups of a row; a program holds all their maxima
 _CHUNK = 64  # sorted pairs that a program adds up
-_PIECE = 1024  # numbers that a program of the optimiser moves, where it need not see a whole row
+_PIECE = 1024  # numbers that a program of the optimiser updates, if it does not need a whole row
 
 
 @final
@@ -37,8 +37,8 @@ class CudaKernels(Kernels):
     pair_bytes = 16 / _CHUNK  # sums of each chunk's first and last latent, for both weights
 
     def topk_relu(self, z: Tensor, k: int) -> SparseCodes:
-        """One pass over z, and then the k groups that can hold the largest; where k is so large that these would not
-        fit a program (thousands), and in float64, torch's."""
+        """One pass over z, then one over the k groups that can hold the largest; torch's own if k is so large
+        (thousands) that these would not fit a program, and in float64."""
         n, m = z.shape
         group = _group_size(m, k)
         if group is None or z.dtype == torch.float64:
@@ -87,8 +87,8 @@ class CudaKernels(Kernels):
     def weight_gradients(
         self, codes: SparseCodes, value_grads: Tensor, grad_out: Tensor, centred: Tensor, out: WeightGradients
     ) -> WeightGradients:
-        """The sorted pairs are cut into chunks of equal length, so that a latent that is active everywhere is no
-        program's burden alone; one whose pairs lie in several is put together, in their order, by a second program."""
+        """Cuts the sorted pairs into chunks of equal length, so that no program has all of a latent that is active
+        everywhere; a second program adds up, in order, the latents whose pairs lie in several chunks."""
         (values, indices), (n_latents, d) = codes, out.W_enc.shape
         pairs, k = indices.numel(), indices.shape[1]
         number = torch.int32 if max(pairs, n_latents) < 2**31 else torch.int64
@@ -109,12 +109,12 @@ class CudaKernels(Kernels):
         for name, tensor in (("weight", weight), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
             if not tensor.is_contiguous():
                 raise ValueError(f"{name}: expected contiguous memory; it is written in place")
-        # Where rows mean nothing, the numbers are cut into pieces of a size that suits: a bias is one row of M of them.
+        # If rows do not matter, the numbers are cut into pieces of a suitable size: a bias is one row of M numbers.
         by_row = how.columns is not None
         d = weight.shape[1] if how.unit_rows or by_row else min(weight.numel(), _PIECE)
         beta1, beta2 = how.betas
         numbers = (how.grad_scale, how.step_size, 1 - beta1, beta2, 1 - beta2, how.correction, how.EPSILON)
-        # As memory, because arguments are rounded to float32.
+        # Passed in memory, because arguments are rounded to float32.
         memory = (weight, grad.contiguous(), exp_avg, exp_avg_sq, weight if how.columns is None else how.columns)
         numbers, size = weight.new_tensor(numbers, dtype=torch.float64), weight.numel()
         kind = {"UNIT_ROWS": how.unit_rows, "BY_ROW": by_row}
@@ -122,7 +122,7 @@ class CudaKernels(Kernels):
 
 
 def _group_size(m: int, k: int) -> int | None:
-    """Latents of a group: the most for which k groups are few candidates, at least k groups; None where none fits."""
+    """Latents per group: the most with at least k groups, of which k are few enough candidates; None if none fits."""
     for group in (64, 32, 16, 8):
         n_groups = -(-m // group)
         if triton.next_power_of_2(k) * group <= _CANDIDATES and k <= n_groups <= _GROUPS:
@@ -131,7 +131,7 @@ def _group_size(m: int, k: int) -> int | None:
 
 
 def _row_block(d: int) -> dict[str, Any]:
-    """A program holds a whole row: a power of two of numbers, and warps enough that a thread has few of them."""
+    """Sizes for a program that holds a whole row: a power of two, and enough warps that a thread has few numbers."""
     block = triton.next_power_of_2(d)
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
 

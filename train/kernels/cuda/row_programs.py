@@ -1,22 +1,22 @@
 """Row by row: the k largest, decoder, gradients and the optimiser's step as Triton programs.
 
 - A program of `decode`, `activation_gradient`, `reconstruct` and `adam` holds one row of D numbers in registers; rows
-  that are picked by number are read whole, so memory is read in long runs. `reconstruct` reads a row's decoder rows
+  that are picked by index are read whole, so memory is read in long runs. `reconstruct` reads a row's decoder rows
   twice, the second time from the cache.
 - Weight gradients: the (row, latent) pairs, sorted by latent, are cut into chunks of CHUNK. `chunk_sums` adds up each
-  latent's pairs in a chunk; a latent that lies within the chunk is written, the sums of one that does not go to
-  scratch memory: first [c, 0] where its pairs began before the chunk, [c, 1] where they begin in it and go on after.
+  latent's pairs in a chunk. A latent whose pairs all lie in the chunk is written; otherwise its sums go to scratch
+  memory: to [c, 0] if its pairs begin before the chunk, to [c, 1] if they begin in it and go on after it.
   `join_chunks` adds those up in order, and writes zeros for latents without pairs.
 - The k largest of each row, exactly, in one pass over the row: `group_maxima` gives the largest of each group of
-  neighbouring latents, as an ordered integer; of `select`, a program a row, the k-th largest maximum bounds the k-th
+  neighbouring latents, as an ordered integer. In `select`, a program per row, the k-th largest maximum bounds the k-th
   largest latent from below, and k groups, those above it and the first of those equal to it, hold the answer (a later
-  group that is equal to the bound can only hold later latents of that value). Of their latents the k-th largest is
-  found the same way, and the k winners are ranked by comparing each with each. "Keys" are int32 in the order of the
+  group that is equal to the bound can only hold later latents of that value). Among their latents the k-th largest is
+  found the same way, and the k winners are ranked by comparing all pairs. "Keys" are int32 in the order of the
   floats: -0 equals +0, NaN is the largest. Bounds are built bit by bit from the top, by counting; bfloat16's lower 16
   bits are zero and are left out.
 
-Sums are made in the numbers' own type. Shapes: N rows, D d_model, M n_latents, k active latents a row, P pairs; GROUP
-latents a group, GROUPS a power of two of groups, K one of winners. Tested in tests/train/kernels/cuda/test_backend.py.
+Sums are made in the numbers' own type. Shapes: N rows, D d_model, M n_latents, k active latents per row, P pairs; GROUP
+latents per group, GROUPS and K powers of two for groups, winners. Tested in tests/train/kernels/cuda/test_backend.py.
 """
 
 import triton
@@ -34,7 +34,7 @@ def _keys(z):
 
 @triton.jit
 def _kth_largest(keys, k, LOWEST_BIT: tl.constexpr):
-    """The k-th largest of the keys; places that hold none should hold the smallest integer."""
+    """The k-th largest of the keys; empty places should hold the smallest integer."""
     enough = tl.sum((keys >= 0).to(tl.int32)) >= k
     bound = tl.where(enough, 0, -0x80000000).to(tl.int32)
     bit = tl.full([], 1 << 30, tl.int32)
@@ -46,7 +46,7 @@ def _kth_largest(keys, k, LOWEST_BIT: tl.constexpr):
 
 @triton.jit
 def _places(keys, bound, k):
-    """Which keys are taken, and the place of each: all above the bound and the first of those equal to it, k in all."""
+    """Which keys are taken, and their places: all above the bound and the first of those equal to it, k in all."""
     above = keys > bound
     equal = keys == bound
     spare = k - tl.sum(above.to(tl.int32))
@@ -56,7 +56,7 @@ def _places(keys, bound, k):
 
 @triton.jit
 def group_maxima(z, maxima, m, n_groups, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """maxima [N, n_groups] = the largest key of each group of z [N, M]; BLOCK groups a program."""
+    """maxima [N, n_groups] = the largest key of each group of z [N, M]; BLOCK groups per program."""
     n = tl.program_id(0).to(tl.int64)
     groups = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     latents = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -219,7 +219,7 @@ def chunk_sums(
 def join_chunks(
     starts, W_enc, W_dec, latent_sums, parts_enc, parts_dec, sum_parts, d, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """What `chunk_sums` left to do for latent program_id(0): nothing, zeros, or the sum of its chunks' parts."""
+    """Finish latent program_id(0) after `chunk_sums`: nothing to do, zeros, or the sum of its chunks' parts."""
     latent = tl.program_id(0).to(tl.int64)
     first = tl.load(starts + latent)
     end = tl.load(starts + latent + 1)
@@ -256,7 +256,7 @@ def adam(
     BY_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Adam on d of `total` numbers (with UNIT_ROWS or BY_ROW a whole row), in place; columns are read with BY_ROW.
+    """Adam on d of `total` numbers (with UNIT_ROWS or BY_ROW a whole row), in place; only BY_ROW reads columns.
 
     numbers float64 [7]: scale, step size, 1 - beta1, beta2, 1 - beta2, correction, eps.
     """
