@@ -59,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs = [summary(result) for result in results]
             print(json.dumps({"table": str(table), "runs": runs} if table else runs[0]))
 
-    several = os.environ.get("WORLD_SIZE", "") not in ("", "0", "1")
-    silent = several and os.environ.get("RANK", "") not in ("", "0")  # only the first of several processes prints
+    rank, size, *place = (os.environ.get(n, "") for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    # Only the first of several processes prints; so does one that cannot be one of them, after a leftover variable.
+    silent = all(place) and rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size)
     out, err = (None, None) if silent else (sys.stdout, sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         return run_command("train", command)

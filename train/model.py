@@ -113,11 +113,8 @@ class MLSAE(nn.Module):
     @classmethod
     def share(cls, config: SAEConfig, latents: Ranks) -> "MLSAE":
         """A new autoencoder with this rank's share of the latents of `config`; all of them if there is one rank."""
-        m, size = config.n_latents, latents.size
-        if m % size or config.k > m // size:
-            wanted = f"as many equal parts of at least k ({config.k}) latents"
-            raise UsageError(f"--shard-latents {size}: {m} latents do not make {wanted}: choose another --n-latents")
-        sae = cls(replace(config, n_latents=m // size))
+        require_shares(config, latents.size)
+        sae = cls(replace(config, n_latents=config.n_latents // latents.size))
         sae.latents = latents
         return sae
 
@@ -190,6 +187,14 @@ class MLSAE(nn.Module):
         x_std, mean, std = self.standardize(x.to(self.W_enc.dtype), layer)
         codes = self.encode_standardized(x_std, self.ready_encoder(product_dtype=product_dtype))
         return ForwardOutput(self.decode(codes, mean, std), codes, mean, std)
+
+
+def require_shares(config: SAEConfig, size: int) -> None:
+    """`UsageError` unless the latents can be divided equally among `size` processes, at least k to each."""
+    m = config.n_latents
+    if m % size or config.k > m // size:
+        wanted = f"as many equal parts of at least k ({config.k}) latents"
+        raise UsageError(f"--shard-latents {size}: {m} latents do not make {wanted}: choose another --n-latents")
 
 
 def standardize(x: Tensor) -> Standardized:

@@ -20,6 +20,7 @@ from train.data import TrainingData
 from train.grid import RunSpec
 from train.hardware import resolve_product_dtype
 from train.kernels.choose import choose_kernels
+from train.model import require_shares
 from train.model_config import THRESHOLDED, SAEConfig, default_prefixes
 from train.objective.losses import dead_threshold
 from train.objective.recipes import BEFORE_RECIPES, Recipe, complete, fill, recorded_flags
@@ -161,6 +162,7 @@ def make_plan(spec: RunSpec, data: TrainingData) -> RunPlan:
     d_model, streamed = data.store.meta.d_model, data.layers
     layers = streamed if layer is None else (layer,)
     model = _model(config, d_model, layers, n_runs=len(streamed) if config.per_layer == "total" else 1)
+    require_shares(model, data.ranks.latents.size)
     vectors_per_epoch = int(data.split.train.sum()) * len(streamed)
     epochs, steps = config.data.epochs or 1, config.data.steps
     vectors = epochs * vectors_per_epoch if steps is None else steps * data.batch_size

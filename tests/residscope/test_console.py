@@ -237,6 +237,14 @@ def test_a_signal_that_comes_at_once_is_noted(monkeypatch: pytest.MonkeyPatch, s
         assert stopped()
 
 
+def test_an_interrupt_that_python_wraps_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise RuntimeError("Error calling __set_name__") from KeyboardInterrupt()
+
+    assert run_command("tool", command, interrupted="stopped") == 130
+    assert capsys.readouterr().err == "tool: error: stopped\n"
+
+
 def test_sigterm_is_an_interrupt_with_its_line_and_code(capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGTERM)
     assert run_command("tool", lambda: os.kill(os.getpid(), signal.SIGTERM), interrupted="stopped") == 130

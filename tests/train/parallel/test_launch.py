@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from residscope.errors import UsageError
+from residscope.errors import ResidscopeError, UsageError
 from tests.support.training import train_config
 from train.parallel.launch import joined
 
@@ -79,6 +81,76 @@ def test_what_another_launcher_left_in_the_environment_is_named(
     monkeypatch.setenv("WORLD_SIZE", size)
     with pytest.raises(UsageError, match=words), joined(train_config(store=store), []):
         pass
+
+
+def test_one_whose_variables_are_not_whole_speaks(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    done = run(store, tmp_path / "a.pt", "--n-procs=1")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "WORLD_SIZE is 2 in the environment, without MASTER_ADDR and MASTER_PORT" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "words"),
+    [
+        ({"RANK": "2"}, 2, "RANK is 2 in the environment, WORLD_SIZE 2: should be less"),
+        ({"RANK": "x"}, 2, "RANK is 'x' in the environment"),
+        ({"MASTER_PORT": "x"}, 2, "MASTER_PORT is 'x' in the environment"),
+        ({"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "no such host"}, 1, "nobody meets at no such host:1"),
+    ],
+)
+def test_wrong_variables_are_one_line(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], code: int, words: str
+) -> None:
+    sound = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in {**sound, **changed}.items():
+        monkeypatch.setenv(name, value)
+    done = run(store, tmp_path / "a.pt", "--n-procs=1")
+    said = [line for line in done.stderr.splitlines() if not line.startswith("train: one of")]
+    assert (done.returncode, len(said)) == (code, 1), done.stderr
+    assert words in said[0]
+
+
+def test_who_waits_for_others_ends_at_a_signal(store: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    variables = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    words = [sys.executable, "-m", "residscope", "train", "--store", str(store), "--out", str(tmp_path / "a.pt")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as waiting:
+        assert waiting.stderr is not None
+        assert waiting.stderr.readline().startswith("train: one of 2")
+        waiting.send_signal(signal.SIGTERM)
+        assert waiting.wait(60) == 130
+        assert waiting.stderr.read() == "train: error: interrupted; run the same command again\n"
+
+
+def test_who_was_started_by_one_that_is_gone_ends(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    variables = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in {**variables, "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("train.parallel.launch._SERVED", 0.1)
+    with (
+        pytest.raises(ResidscopeError, match=f"nobody meets at 127.0.0.1:{port}"),
+        joined(train_config(store=store), []),
+    ):
+        pass
+
+
+def test_latents_that_cannot_be_shared_are_refused_before_a_file_changes(store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.pt"
+    assert run(store, out, "--n-procs=1").returncode == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for flag in ("--overwrite", "--resume"):
+        done = run(store, out, flag, "--shard-latents=2", "--steps=30")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert "41 latents do not make as many equal parts" in done.stderr
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize(("device", "gpus"), [("auto", 1), ("cuda:1", 2)])
