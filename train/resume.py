@@ -114,6 +114,16 @@ def check_resumable(saved: Checkpoint, store: ActivationStore, plan: RunPlan, ra
         )
 
 
+def require_alike(
+    store: ActivationStore, plans: Sequence[RunPlan], saved: Sequence[Checkpoint | None], ranks: Ranks
+) -> None:
+    """Raise `IncompatibleError` unless all ranks train the same runs, on the same store, from the same checkpoints."""
+    begun = [None if one is None else (one.trainer["step"], one.trainer["metrics"]) for one in saved]
+    records = [plan.to_dict() for plan in plans]
+    chosen = {name: [record[name] for record in records] for name in RECORDED if name not in _REPORTED_ONLY}
+    ranks.require_same(store=store.content_hash, checkpoint=begun, **chosen)
+
+
 def is_longer(plan: RunPlan, saved: Checkpoint) -> bool:
     """Whether a finished run is to be continued for more steps: from its weights, with a new schedule and a fresh state
     of Adam."""

@@ -35,7 +35,7 @@ from train.reporting.dry_run import DryRun, foresee, time_steps
 from train.reporting.outputs import check_publish, push, write_outputs
 from train.reporting.report import TrainResult, table_path
 from train.resolve import RunPlan, make_plan, memory_estimate
-from train.resume import as_begun, check_resumable, is_longer, load_saved, restart_warning, set_threads
+from train.resume import as_begun, check_resumable, is_longer, load_saved, require_alike, restart_warning, set_threads
 from train.trainer import Trainer
 from train.validation import INTERIM_CHUNKS, INTERIM_TOKENS, Validation, ValidationData, ValidationTarget
 
@@ -65,6 +65,7 @@ def train_all(config: TrainConfig, ranks: Ranks = ALONE) -> list[TrainResult]:
         for plan, checkpoint in zip(plans, saved, strict=True):
             if checkpoint is not None:
                 check_resumable(checkpoint, store, plan, ranks)
+        require_alike(store, plans, saved, ranks)
         announce.warn({restart_warning(plan, c) for plan, c in zip(plans, saved, strict=True) if c is not None})
         set_threads(config.hardware.threads, saved, ranks)
         finished = [
@@ -144,6 +145,7 @@ def _train_unfinished(
         left[trainer := Trainer(plan, data, memory)] = saved.pop(0)
         if left[trainer] is None:
             warnings.add(trainer.read_source())
+    data.ranks.require_same(**{"--start-from": [trainer.started_from for trainer in left]})
     announce.warn(warnings)
     if data.follower and data.config.follow and not left:  # A new store, or a crash before `harvest` was told.
         data.follower.end()

@@ -13,6 +13,7 @@ Shapes: M n_latents, R ranks.
 """
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from residscope.cluster import n_cores
-from residscope.errors import ResidscopeError, UsageError
+from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from residscope.tensors import Pieces, in_pieces
 
 _ERROR = "error"
@@ -96,6 +97,18 @@ class Ranks:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         self._do("all_gather", parts, tensor.contiguous())
         return torch.stack(parts)
+
+    def require_same(self, **values: object) -> None:
+        """Raise `IncompatibleError` on every rank unless all have the same `values` (plain ones, by name): ranks on
+        several machines may see different files at the same path, or have been given different flags."""
+        if self.size == 1:
+            return
+        digests = [hashlib.blake2b(repr(value).encode(), digest_size=7).digest() for value in values.values()]
+        found = self.all_of(torch.tensor([int.from_bytes(digest) for digest in digests]))
+        for name, of_rank in zip(values, found.t().tolist(), strict=True):
+            if other := next((rank for rank, value in enumerate(of_rank) if value != of_rank[0]), None):
+                what = f"process {other} of {self.size} has another {name} than the first (0)"
+                raise IncompatibleError(f"{what}: give all the same flags, and the same files at the same paths")
 
     def same_(self, *tensors: Tensor) -> None:
         """Make each of `tensors` the first rank's."""

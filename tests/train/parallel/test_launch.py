@@ -99,7 +99,7 @@ def test_one_whose_variables_are_not_whole_speaks(store: Path, tmp_path: Path, m
         ({"RANK": "2"}, 2, "RANK is 2 in the environment, WORLD_SIZE 2: should be less"),
         ({"RANK": "x"}, 2, "RANK is 'x' in the environment"),
         ({"MASTER_PORT": "x"}, 2, "MASTER_PORT is 'x' in the environment"),
-        ({"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "no such host"}, 1, "nobody meets at no such host:1"),
+        ({"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "no such host"}, 1, "no process answers at no such host:1"),
     ],
 )
 def test_wrong_variables_are_one_line(
@@ -136,10 +136,33 @@ def test_who_was_started_by_one_that_is_gone_ends(store: Path, monkeypatch: pyte
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("train.parallel.launch._SERVED", 0.1)
     with (
-        pytest.raises(ResidscopeError, match=f"nobody meets at 127.0.0.1:{port}"),
+        pytest.raises(ResidscopeError, match=f"no process answers at 127.0.0.1:{port}"),
         joined(train_config(store=store), []),
     ):
         pass
+
+
+@pytest.mark.parametrize(("flag", "words"), [("--lr=0.5", "another lr"), ("--resume", "another checkpoint")])
+def test_processes_that_would_train_something_else_are_refused(
+    store: Path, tmp_path: Path, two: tuple[Path, Any], flag: str, words: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    both, places = [], [tmp_path / "first", tmp_path / "second"]
+    for rank, place in enumerate(places):  # as on two machines that do not share a disk
+        place.mkdir()
+        variables = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        line = [sys.executable, "-m", "residscope", "train", f"--store={store}", "--out=a.pt", *FLAGS[:-2]]
+        line += [flag] if flag == "--resume" or rank else []
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+        both.append((line, place, environment))
+    if flag == "--resume":
+        (places[0] / "a.pt").write_bytes((two[0] / "one.pt").read_bytes())
+    begun = [subprocess.Popen(w, cwd=p, env=e, stderr=subprocess.PIPE, text=True) for w, p, e in both]
+    said = [process.communicate(timeout=240)[1] for process in begun]
+    assert [process.returncode for process in begun] == [3, 3], said
+    assert f"process 1 of 2 has {words} than the first (0)" in said[0]
+    assert {path.name for path in places[0].iterdir()} <= {"a.pt"}
 
 
 def test_latents_that_cannot_be_shared_are_refused_before_a_file_changes(store: Path, tmp_path: Path) -> None:
