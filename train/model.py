@@ -24,7 +24,7 @@ from residscope.first_calls import settle_first_calls
 from train.kernels.choose import choose_kernels
 from train.kernels.encode import ReadyEncoder
 from train.kernels.interface import SparseCodes
-from train.model_config import SAEConfig
+from train.model_config import SAEConfig, require_shares
 from train.objective.variants import variant_of
 from train.objective.weights import BY_LATENT, TRAINED, Weights, unit_rows
 from train.parallel.ranks import ALONE, Ranks
@@ -187,14 +187,6 @@ class MLSAE(nn.Module):
         x_std, mean, std = self.standardize(x.to(self.W_enc.dtype), layer)
         codes = self.encode_standardized(x_std, self.ready_encoder(product_dtype=product_dtype))
         return ForwardOutput(self.decode(codes, mean, std), codes, mean, std)
-
-
-def require_shares(config: SAEConfig, size: int) -> None:
-    """`UsageError` unless the latents can be divided equally among `size` processes, at least k to each."""
-    m = config.n_latents
-    if m % size or config.k > m // size:
-        wanted = f"as many equal parts of at least k ({config.k}) latents"
-        raise UsageError(f"--shard-latents {size}: {m} latents do not make {wanted}: choose another --n-latents")
 
 
 def standardize(x: Tensor) -> Standardized:

@@ -87,3 +87,11 @@ def default_prefixes(n_latents: int) -> tuple[int, ...]:
     """Prefixes that add 1/32, 1/16, 1/8, 1/4 and the rest of the latents, as in Bussmann et al. 2025."""
     sizes = [round(n_latents * share / 32) for share in (1, 3, 7, 15, 32)]
     return tuple(sorted({size for size in sizes if size > 0}))
+
+
+def require_shares(config: SAEConfig, size: int) -> None:
+    """`UsageError` unless the latents can be divided equally among `size` processes, at least k to each."""
+    m = config.n_latents
+    if m % size or config.k > m // size:
+        wanted = f"as many equal parts of at least k ({config.k}) latents"
+        raise UsageError(f"--shard-latents {size}: {m} latents do not make {wanted}: choose another --n-latents")

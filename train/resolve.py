@@ -20,8 +20,7 @@ from train.data import TrainingData
 from train.grid import RunSpec
 from train.hardware import resolve_product_dtype
 from train.kernels.choose import choose_kernels
-from train.model import require_shares
-from train.model_config import THRESHOLDED, SAEConfig, default_prefixes
+from train.model_config import THRESHOLDED, SAEConfig, default_prefixes, require_shares
 from train.objective.losses import dead_threshold
 from train.objective.recipes import BEFORE_RECIPES, Recipe, complete, fill, recorded_flags
 from train.objective.statistics import MEDIAN_VECTORS

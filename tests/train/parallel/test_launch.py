@@ -99,7 +99,11 @@ def test_one_whose_variables_are_not_whole_speaks(store: Path, tmp_path: Path, m
         ({"RANK": "2"}, 2, "RANK is 2 in the environment, WORLD_SIZE 2: should be less"),
         ({"RANK": "x"}, 2, "RANK is 'x' in the environment"),
         ({"MASTER_PORT": "x"}, 2, "MASTER_PORT is 'x' in the environment"),
-        ({"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "no such host"}, 1, "no process answers at no such host:1"),
+        (
+            {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "no such host"},
+            1,
+            "no process answers at no such host:1",
+        ),
     ],
 )
 def test_wrong_variables_are_one_line(
