@@ -116,7 +116,7 @@ def joined(config: "TrainConfig", words: Sequence[str]) -> Iterator["Ranks"]:
 def _met(rank: int, size: int) -> Any:
     """The store at the address in the environment, which the first process serves unless torchrun does. Waits here, so
     that a signal ends the wait: torch waits for up to half an hour and ignores signals, even if no process is left."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     host, port = os.environ["MASTER_ADDR"], _started("MASTER_PORT")
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # it served before this process was started
