@@ -90,13 +90,13 @@ class ValidationData:
         fired: list[Tensor] | None = None,
     ) -> list[Validation]:
         """Measure each of several autoencoders on the same held-out tokens, which are read once for all of them.
-        chunks: see `read`. fired: a list to which, for each autoencoder, which latents fired is appended, bool [M]."""
+        chunks: see `_choose`. fired: a list to append to: for each autoencoder, which latents fired, bool [M]."""
         n_layers = len(self._layers)
         device = targets[0].sae.W_enc.device
         variance = LayerVariance.zeros(n_layers, self._store.meta.d_model, device)
         sums = [_Sums(target, self._layers) for target in targets]
-        seen = np.concatenate(list(self._choose(tokens, chunks)))
-        for raw in self.read(tokens, chunks):
+        chosen = list(self._choose(tokens, chunks))
+        for raw in map(self._read, chosen):
             x = source.to_float32(raw)  # [t, L, D]
             layer = torch.arange(n_layers, device=device).repeat(len(x))
             variance = variance.add(x.flatten(0, 1), layer)
@@ -104,20 +104,22 @@ class ValidationData:
                 each.add(x)
         if fired is not None:
             fired += [each.fired for each in sums]
-        documents = len(np.unique(self._store.tokens.document[seen]))
-        return [each.finish(len(seen), documents, variance.deviation) for each in sums]
+        seen = self._store.tokens.document[np.concatenate(chosen)]
+        return [each.finish(len(seen), len(np.unique(seen)), variance.deviation) for each in sums]
 
-    def read(self, tokens: int, chunks: int = 1) -> Iterator[np.ndarray]:
-        """Held-out tokens in the stored type, [t, L, D] of a chunk at a time, until there are `tokens` of them: from as
-        few chunks as possible, or an equal share from each of `chunks` if there are that many."""
-        size, n_tokens = self._store.meta.chunk_tokens, self._store.meta.n_tokens
-        for chosen in self._choose(tokens, chunks):
-            first = int(chosen[0]) // size * size
-            chunk = slice(first, min(first + size, n_tokens))
-            yield self._store.read(chunk, self._layers, raw=True)[chosen - first]
+    def read(self, tokens: int) -> Iterator[np.ndarray]:
+        """Held-out tokens in the stored type, [t, L, D] of a chunk at a time, until there are `tokens` of them."""
+        return map(self._read, self._choose(tokens, 1))
+
+    def _read(self, chosen: np.ndarray) -> np.ndarray:
+        size = self._store.meta.chunk_tokens
+        first = int(chosen[0]) // size * size
+        chunk = slice(first, min(first + size, self._store.meta.n_tokens))
+        return self._store.read(chunk, self._layers, raw=True)[chosen - first]
 
     def _choose(self, tokens: int, chunks: int) -> Iterator[np.ndarray]:
-        """The tokens that `read` reads: indices [t] for each chunk."""
+        """Indices [t] of held-out tokens, those of a chunk at a time, until there are `tokens` of them: from as few
+        chunks as possible, or an equal share from each of `chunks` if there are that many."""
         size, share = self._store.meta.chunk_tokens, -(-tokens // max(min(chunks, len(self._chunks)), 1))
         for chunk in self._chunks.tolist():
             found = np.flatnonzero(self._mask[chunk * size : (chunk + 1) * size]) + chunk * size

@@ -79,7 +79,7 @@ class DownstreamResult(NamedTuple):
 PER_LAYER = DownstreamResult._fields[2:]
 """Numbers of a `DownstreamResult` that there is one of for each layer, under their names in the files."""
 
-LEAST_COST = 0.01
+_LEAST_COST = 0.01
 """Nats that an ablation should cost for a share of it to be given."""
 
 BOUNDED = ("delta_ce", "kl", "loss_recovered_mean", "loss_recovered_zero")
@@ -129,7 +129,7 @@ def _result(n_tokens: Any, true_ce: Any, ce: NDArray[np.float64], kl: NDArray[np
     true_ce, ce, kl = true_ce / n_tokens, ce / n_tokens, kl / n_tokens
     delta = ce - true_ce  # [L, C, ...]
     # Where an ablation costs next to nothing, as in a model with random weights, there is nothing to recover.
-    recovered = 1 - delta[:, :1] / np.where(delta[:, 1:] >= LEAST_COST, delta[:, 1:], np.nan)
+    recovered = 1 - delta[:, :1] / np.where(delta[:, 1:] >= _LEAST_COST, delta[:, 1:], np.nan)
     return DownstreamResult(
         n_tokens=n_tokens,
         true_ce=true_ce,

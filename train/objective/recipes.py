@@ -76,12 +76,12 @@ def best_batch(vectors: int) -> int:
 def best_lr(n_latents: int, batch_size: float, vectors: float) -> float:
     """The peak learning rate: a fit to runs of 1e5 to 2e7 vectors, batches of 128 to 8,192 and 4,608 to 18,432
     latents. A batch that is larger than the run counts as no larger."""
-    batch_size, lasting = min(batch_size, vectors), _lasting(vectors)
-    return 5e-3 * lasting * (4608 / n_latents) ** 0.25 * (batch_size / 1024) ** 0.35 * (5e5 / max(vectors, 5e4)) ** 0.25
+    batch_size, factor = min(batch_size, vectors), _decoder_factor(vectors)
+    return 5e-3 * factor * (4608 / n_latents) ** 0.25 * (batch_size / 1024) ** 0.35 * (5e5 / max(vectors, 5e4)) ** 0.25
 
 
-def _lasting(vectors: float) -> float:
-    """The factor by which the decoder's rate, unlike the encoder's, does not fall between 1e6 and 2e7 vectors."""
+def _decoder_factor(vectors: float) -> float:
+    """Undoes the fall of the rate between 1e6 and 2e7 vectors, for all weights but the encoder's."""
     return min(max(vectors / 1e6, 1), 20) ** 0.25
 
 
@@ -96,7 +96,7 @@ def complete(config: TrainConfig, *, n_latents: int, batch_size: int, vectors: i
         scale = min(max(20 * batch_size / vectors, 0.1), 0.4) if small else 0.4
         values: dict[str, Any] = {"lr": lr, "decay_fraction": 0.5, "beta1": 0.8, "beta2": 0.95, "encoder_scale": scale}
         # From 4,608 latents on the encoder's rate does not depend on their number.
-        encoder_lr = max(n_latents / 4608, 1) ** 0.25 / 3 / _lasting(vectors * share)
+        encoder_lr = max(n_latents / 4608, 1) ** 0.25 / 3 / _decoder_factor(vectors * share)
         values |= {"encoder_lr": encoder_lr, "second_moment": "latent"}
     elif name == "gao":  # Gao et al. 2024, figure 3: the best rate falls with the square root of the dictionary's size
         values = {"lr": 2e-4 / (n_latents / 2**14) ** 0.5}

@@ -9,6 +9,7 @@ process is killed, its connections close, and all others fail at their next sum 
 """
 
 import contextlib
+import math
 import os
 import socket
 import subprocess
@@ -33,11 +34,12 @@ _SERVED, _BEGUN = 20.0, 1800.0
 """Seconds to wait for an address that should be served already, and for one that the first process will serve."""
 
 
-def _started(name: str) -> int:
+def _started(name: str, most: float = math.inf) -> int:
     """A number that torchrun or the first process set in the environment; 0 if unset."""
     found = os.environ.get(name) or "0"
-    if not found.isdecimal():
-        raise UsageError(f"{name} is {found!r} in the environment: should be a number, as torchrun sets it; unset it")
+    if not found.isdecimal() or int(found) > most:
+        wanted = f"a number{f' of at most {most}' if most < math.inf else ''}, as torchrun sets it"
+        raise UsageError(f"{name} is {found!r} in the environment: should be {wanted}; unset it")
     return int(found)
 
 
@@ -72,11 +74,9 @@ def joined(config: "TrainConfig", words: Sequence[str]) -> Iterator["Ranks"]:
             if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
                 way_out = "start with torchrun or --n-procs, or unset WORLD_SIZE"
                 raise UsageError(f"WORLD_SIZE is {size} in the environment, without {' and '.join(missing)}: {way_out}")
-            if (rank := _started("RANK")) >= size:
-                raise UsageError(f"RANK is {rank} in the environment, WORLD_SIZE {size}: should be less; unset both")
-            address = f"{os.environ['MASTER_ADDR']}:{_started('MASTER_PORT')}"
-            print(f"train: one of {size} processes, as WORLD_SIZE says; they meet at {address}", file=sys.stderr)
-            store = _met(rank, size)
+            rank, host, port = _started("RANK", size - 1), os.environ["MASTER_ADDR"], _started("MASTER_PORT", 65_535)
+            print(f"train: one of {size} processes, as WORLD_SIZE says; they meet at {host}:{port}", file=sys.stderr)
+            store = _met(rank, size, host, port)
         else:
             store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             rank, size = 0, n_procs
@@ -113,20 +113,19 @@ def joined(config: "TrainConfig", words: Sequence[str]) -> Iterator["Ranks"]:
         _end(children, _GRACE if met else 0)
 
 
-def _met(rank: int, size: int) -> Any:
-    """The store at the address in the environment, which the first process serves unless torchrun does. Waits here, so
-    that a signal ends the wait: torch waits for up to half an hour and ignores signals, even if no process is left."""
+def _met(rank: int, size: int, host: str, port: int) -> Any:
+    """The store at this address, which the first process serves unless torchrun does. Waits here, so that a signal ends
+    the wait: torch waits for up to half an hour and ignores signals, even if no process is left."""
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-    host, port = os.environ["MASTER_ADDR"], _started("MASTER_PORT")
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # it served before this process was started
     serves, until = rank == 0 and not agent, time.monotonic() + (_SERVED if agent else _BEGUN)
     while not serves:
         try:
             socket.create_connection((host, port), timeout=5).close()
             break
-        except (OSError, OverflowError) as error:
-            if time.monotonic() > until or isinstance(error, socket.gaierror | OverflowError):
+        except OSError as error:  # a host's name too may be known only some time after its start
+            if time.monotonic() > until:
                 raise ResidscopeError(f"no process answers at {host}:{port}: {said(error)}") from None
         time.sleep(0.2)
     try:
