@@ -62,7 +62,7 @@ def _run(name: str, command: Callable[[], int | None], interrupted: str) -> int:
                 return 0
         if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from "):  # pathlib before 3.13
             error = OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(error)[19:-1])
-        if _was_interrupted(error):
+        if isinstance(error.__cause__, KeyboardInterrupt):  # Python wraps what is raised in `__set_name__`.
             return _fail(name, interrupted, Interrupted.exit_code)
         if is_out_of_memory(error):
             first = said(error)
@@ -78,12 +78,6 @@ def _run(name: str, command: Callable[[], int | None], interrupted: str) -> int:
             raise
         where = f": {error.filename}" if error.filename else ""
         return _fail(name, f"{error.strerror}{where}. {DISK_ERRORS[error.errno]}", 1)
-
-
-def _was_interrupted(error: BaseException) -> bool:
-    """Whether the error wraps an interrupt, as the interpreter does with what is raised in `__set_name__`."""
-    cause = error.__cause__
-    return isinstance(cause, KeyboardInterrupt) or (cause is not None and _was_interrupted(cause))
 
 
 _AGAIN = "run the same command again: `harvest` and `train --resume` continue where they stopped"
