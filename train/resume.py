@@ -205,7 +205,7 @@ def _check_state(path: Path, trainer: dict[str, Any], n_latents: int) -> None:
 
 def _is_validation(found: Any) -> bool:
     known = set(Validation._fields)
-    if not isinstance(found, dict) or not known - {"ratio", "stays_on"} <= set(found) <= known:
+    if not isinstance(found, dict) or not known - set(Validation._field_defaults) <= set(found) <= known:
         return False
     return all(isinstance(n, float | int | None) for v in found.values() for n in (v if type(v) is list else [v]))
 

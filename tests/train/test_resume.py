@@ -19,6 +19,7 @@ from train.resolve import ADDED_LATER, RECORDED, RunPlan
 from train.resume import compare_plans
 from train.run import train
 from train.trainer import Trainer
+from train.validation import Validation
 
 
 @pytest.fixture
@@ -144,6 +145,12 @@ def test_a_training_state_that_is_not_whole_is_refused_by_name(
     torch.save(whole, config.out)
     train(with_values(config, checkpoint_every=5, resume=True))
     finished = torch.load(config.out, weights_only=True)
+    for name in Validation._field_defaults:  # which older checkpoints lack
+        del finished["trainer"]["validation"][name]
+    torch.save(finished, config.out)
+    older = train(with_values(config, checkpoint_every=5, resume=True)).validation
+    assert older is not None
+    assert older.documents is None
     for metrics in ({}, {**finished["trainer"]["metrics"], "loss": "x"}):
         torch.save({**finished, "trainer": {**finished["trainer"], "metrics": metrics}}, config.out)
         with pytest.raises(IncompatibleError, match="metrics is not what"):
