@@ -13,11 +13,11 @@ reconstructs each.
 
   analyze --store acts.zarr --sae ckpt.pt
   analyze --store acts.zarr --sae ckpt.pt --prompt "When Mary and John went to the store"
-  analyze --compare A.analysis B.analysis --out comparison    (analyses side by side; --help after it says more)
+  analyze --compare A.analysis B.analysis --out comparison    (analyses side by side; see analyze --compare --help)
 """
 
-COMPARE_DESCRIPTION = """Put analyses side by side: one table and one figure, with variances over that of an evenly
-drawn layer, so that models of different depth can be compared.
+COMPARE_DESCRIPTION = """Put analyses side by side: one table and one figure, with variances divided by that of a
+uniformly drawn layer, so that models of different depth can be compared.
 
   analyze --compare A.analysis B.analysis C.analysis --out comparison
 """
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_options(AnalyzeConfig, words, prog="analyze", description=DESCRIPTION)
         delphi = config.delphi.export_delphi or config.delphi.delphi_scores
         if delphi and config.prompts.prompt:
-            raise UsageError("--prompt and delphi's flags: one after the other, please; each adds to the same analysis")
+            raise UsageError("--prompt and delphi's flags: give them in separate commands; each adds to the analysis")
         if config.prompts.prompt:
             from analysis.prompt.run import analyze_prompts as run
         elif delphi:

@@ -1,4 +1,4 @@
-"""What `analyze` can be asked for. Light: the command line is made from this alone. Tested in test_cli.py."""
+"""The flags of `analyze`, from which its command line is built; imports nothing heavy. Tested in test_cli.py."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,10 @@ class TokenOptions:
     """Which tokens are analysed."""
 
     split: DocumentSplit = "all"
-    """Which documents: every one, or the checkpoint's own training or validation documents."""
+    """Which documents: all of them, or those that the checkpoint was trained or validated on."""
     max_tokens: int | None = None
-    """Stop after this many kept tokens of the split, in store order. By default all of them. The same limit
-    applies to the validation tokens and to the training tokens of PCA."""
+    """Stop after this many kept tokens of the split, in store order. By default all are analysed. The same limit
+    applies to the validation tokens and to the training tokens that PCA is fitted on."""
 
     def __post_init__(self) -> None:
         require_at_least(1, max_tokens=self.max_tokens)
@@ -27,23 +27,22 @@ class TokenOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsOptions:
-    """How numbers are computed and what they are compared with."""
+    """How numbers are computed, and what they are compared with."""
 
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    """Number format of the encoder's product; float32 gives the same numbers on every CPU, bfloat16 is several times
-    faster where the hardware has it. Sums are float64 always, and made on the CPU."""
+    """Number format of the encoder's product. float32 gives the same numbers on every CPU; bfloat16 is several times
+    faster on hardware that supports it. Sums are always in float64, on the CPU."""
     device: str = "auto"
     """Where vectors are encoded: cpu, cuda, cuda:1, ...; auto: CUDA if there is one."""
     pca: bool = True
-    """Fit PCA with k components on the training documents and show its FVU on the validation documents beside the
+    """Fit PCA with k components on the training documents, and show its FVU on the validation documents next to the
     autoencoder's."""
     intervals: bool = True
-    """Give 95 % intervals over documents."""
+    """Add 95 % intervals over documents."""
     nulls: bool = True
-    """Compare with null models: the same codes with layers permuted within each token, and with tokens permuted within
-    each layer."""
+    """Compare with null models: the same codes, with layers permuted within each token, or tokens within each layer."""
     seed: int = 0
-    """Seed of the null models and of other draws."""
+    """Seed for the null models and all other random draws."""
 
     def __post_init__(self) -> None:
         require_seed(self.seed)
@@ -51,20 +50,20 @@ class StatisticsOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentOptions:
-    """What is found about each latent."""
+    """What is computed for each latent."""
 
     redundancy: bool = True
-    """Compare all decoder rows with each other: nearest latents, MMCS, near-parallel pairs; the time grows with the
-    square of the number of live latents."""
+    """Compare all decoder rows with each other (nearest latents, MMCS, near-parallel pairs); takes time that grows with
+    the square of the number of latents that fired."""
     redundancy_cosine: float = 0.9
     """Cosine of decoder rows above which two latents are near-parallel."""
     examples: bool = True
-    """Find each latent's maximally activating examples at each layer, with text around them (as token ids if the
+    """Find each latent's maximally activating examples at each layer, with the text around them (token ids if the
     model's tokenizer is not on this machine), and the histogram of its activations."""
     save_latents: bool = False
-    """Keep the sparse codes inside the store (latents/KEY: Zarr arrays of values and indices), 8 * k bytes for each
-    vector, four times that where the number of active latents varies. Later analyses of this autoencoder on this store
-    use them, even without this flag, and encode nothing again."""
+    """Save the sparse codes in the store (latents/KEY: Zarr arrays of values and indices): 8 * k bytes for each vector,
+    or four times as many if the number of active latents varies. Later analyses of this autoencoder on this store then
+    use them instead of encoding again, even without this flag."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.redundancy_cosine < 1:
@@ -73,43 +72,43 @@ class LatentOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerOptions:
-    """What the store's transformer is run for and where it is."""
+    """What the store's transformer is run for, and where it is."""
 
     downstream_tokens: int | None = None
-    """Run the transformer with each layer replaced by its reconstruction, and compare its predictions at this
-    many tokens of held-out documents (or else of the analysed ones); 0 for none. By default as many as take about a
-    minute on two cores, if the store's model is on this machine; otherwise this step is skipped."""
+    """Run the transformer with each layer replaced by its reconstruction, and compare its predictions at this many
+    tokens of held-out documents (or, without any, of the analysed ones); 0 to skip this. By default as many as take
+    about a minute on two cores if the store's model is on this machine, otherwise none."""
     latent_logits: bool = True
-    """Find the tokens that each latent promotes, suppresses and is nearest to, if the store's model is on this
+    """Find the tokens that each latent promotes, suppresses and is closest to, if the store's model is on this
     machine."""
     model: str | None = None
-    """Where the store's model is, a folder or a GGUF file, if neither the store nor the file with the harvest's options
-    beside it (acts.harvest.toml) says where."""
+    """Folder or GGUF file of the store's model, if neither the store nor the file with the harvest's options next to it
+    (acts.harvest.toml) says where it is."""
     lens: str | None = None
-    """Where the store's tuned lens is, if it came from a folder and acts.harvest.toml does not say where."""
+    """Folder of the store's tuned lens, if it came from a folder and acts.harvest.toml does not say which."""
 
     def __post_init__(self) -> None:
         require_at_least(0, downstream_tokens=self.downstream_tokens)
 
     @property
     def asked_for(self) -> bool:
-        """Whether the model is wanted outright, so that its absence is an error and the network may be used."""
+        """Whether a flag requires the model: then it is an error if there is none, and it may be downloaded."""
         return bool(self.downstream_tokens) or self.model is not None or self.lens is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """Texts of your own, seen through the autoencoder."""
+    """Your own texts, seen through the autoencoder."""
 
     prompt: tuple[str, ...] = ()
-    """Texts to look at through the autoencoder: adds to the report which latents are active at which token and layer.
-    An analysis of the same store and autoencoder already in the output folder is kept."""
+    """Texts to run through the model and the autoencoder: the report then shows which latents are active at which token
+    and layer. An analysis of the same store and autoencoder that is already in the output folder is kept."""
     ablate: tuple[str, ...] = ()
-    """With --prompt: take a latent out, LATENT or LATENT:LAYER, and show how the next token changes. Layers may be
-    several, 17:3,4,5, or 17:all. Without a layer: where it is strongest. At some of the text's positions alone, counted
-    from 0 with the opening: 17:3@5,6. By default the prompt's eight most specific latents, one at a time."""
+    """With --prompt: ablate a latent (LATENT or LATENT:LAYER) and show how the next token changes. Give several layers
+    as 17:3,4,5 or 17:all; without a layer, the one where it is strongest. Give positions in the text, counted from 0
+    including the opening token, as 17:3@5,6. By default the prompt's eight most specific latents, one at a time."""
     steer: tuple[str, ...] = ()
-    """With --prompt: add to a latent, LATENT:LAYER:COEFFICIENT, in units of activation; layers and
+    """With --prompt: add to a latent's activation (LATENT:LAYER:COEFFICIENT, in units of activation); layers and
     positions (17:3:8@5) as for --ablate."""
 
     def __post_init__(self) -> None:
@@ -119,20 +118,20 @@ class PromptOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DelphiOptions:
-    """Latents explained and scored by language models, with EleutherAI's delphi."""
+    """Latents explained and scored by language models, using EleutherAI's delphi."""
 
     export_delphi: Path | None = None
-    """New folder for the activations of latents, as delphi reads them: see docs/delphi.md. An analysis of the same
-    store and autoencoder already in the output folder is kept."""
+    """New folder for the latents' activations in delphi's format: see docs/delphi.md. An analysis of the same store and
+    autoencoder that is already in the output folder is kept."""
     delphi_latents: tuple[int, ...] = ()
-    """With --export-delphi: which latents. By default those that fired at 200 tokens or more; delphi explains no
-    latent with fewer examples."""
+    """With --export-delphi: which latents. By default those that fired at 200 tokens or more, because delphi explains
+    no latent with fewer examples."""
     delphi_scores: Path | None = None
-    """Folder with what delphi made of that, `explanations` and `scores`: adds these to the analysis and its report."""
+    """Folder with delphi's results (`explanations` and `scores`), to add to the analysis and its report."""
 
     def __post_init__(self) -> None:
         if self.delphi_latents and self.export_delphi is None:
-            raise UsageError("--delphi-latents says what to export: give a folder with --export-delphi")
+            raise UsageError("--delphi-latents chooses what to export: give a folder with --export-delphi")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,21 +141,20 @@ class OutputOptions:
     report: bool = True
     """Draw the figures and write report.html."""
     json: bool = False
-    """Print summary.json on stdout, as one line, and the words on stderr."""
+    """Print summary.json on stdout as one line, and the text on stderr."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions:
-    """Where the work is done."""
+    """Where tasks run."""
 
     scheduler: str = "threads"
     """Where tasks run: `threads` of this process, `processes` of this machine (a Dask LocalCluster), or the address of
     a Dask scheduler (tcp://HOST:8786) whose workers see the same paths."""
     n_workers: int | None = None
-    """Threads or processes that work at once. By default one per core; with a scheduler's address, its workers
-    instead."""
+    """Number of threads or processes. By default one per core; with a scheduler's address, it has its own workers."""
     performance_report: Path | None = None
-    """HTML file for Dask's report on which task ran where and when; needs the `dashboard` extra."""
+    """HTML file for Dask's report of which task ran where and when; needs the `dashboard` extra."""
 
     def __post_init__(self) -> None:
         require_workers(n_workers=None if ":" in self.scheduler else self.n_workers)
@@ -175,14 +173,14 @@ class AnalyzeConfig:
     )
 
     store: Path
-    """Folder of the activation store, as `harvest` wrote it."""
+    """Folder of the activation store written by `harvest`."""
     sae: Path
-    """The autoencoder: a checkpoint as `train` wrote it, a folder in the format of mlsae, SAELens or sparsify, or the
+    """The autoencoder: a checkpoint written by `train`, a folder in the format of mlsae, SAELens or sparsify, or the
     owner/name of a hub repository."""
     out: Path | None = None
-    """Folder for summary.json, latents.parquet, layers.parquet, figures and report.html; existing results in it are
-    replaced. By default CHECKPOINT.analysis beside the checkpoint: ckpt.analysis for ckpt.pt; for a hub repository
-    NAME.analysis here."""
+    """Folder for summary.json, latents.parquet, layers.parquet, figures and report.html; earlier results in it are
+    replaced. By default next to the checkpoint (ckpt.analysis for ckpt.pt); for a hub repository, NAME.analysis in the
+    current folder."""
     tokens: TokenOptions = TokenOptions()
     statistics: StatisticsOptions = StatisticsOptions()
     latents: LatentOptions = LatentOptions()
@@ -194,7 +192,7 @@ class AnalyzeConfig:
 
     @property
     def out_dir(self) -> Path:
-        """Where results go."""
+        """Folder for the results."""
         if self.out is not None:
             return self.out
         if self.sae.exists():
@@ -205,11 +203,12 @@ class AnalyzeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Analyses to put side by side."""
+    """Analyses to compare."""
 
     compare: tuple[Path, ...]
-    """Folders that `analyze` wrote, or their summary.json: model sizes, with and without a lens, trained or not."""
+    """Folders written by `analyze`, or their summary.json; for example models of several sizes, or with and without a
+    lens."""
     out: Path = Path("comparison")
     """Folder for compare.parquet, compare.json, compare.png and compare.svg."""
     json: bool = False
-    """Print compare.json on stdout, as one line, and no table."""
+    """Print compare.json on stdout as one line instead of the table."""

@@ -128,6 +128,11 @@ class ActivationStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        shape = f"{self.meta.n_tokens:,} tokens x {self.meta.n_layers} layers x {self.meta.d_model}"
+        there = f"{len(self._manifest.lines):,} of {self.meta.n_shards:,} shards"
+        return f"ActivationStore({str(self.path)!r}: {shape}, {self.meta.stored_dtype}, {there})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(ActivationStore.open, partial=True, content_hash=self.content_hash), (str(self.path),)
 

@@ -89,6 +89,10 @@ class MLSAE(nn.Module):
             self.layer_mean = nn.Buffer(torch.zeros(len(config.layers), d))  # [L, D]
             self.layer_scale = nn.Buffer(torch.ones(len(config.layers)))  # [L]
 
+    def extra_repr(self) -> str:
+        kept = self.config
+        return f"n_latents={kept.n_latents}, d_model={kept.d_model}, k={kept.k}, activation={kept.activation!r}"
+
     @property
     def weights(self) -> Weights:
         """The autoencoder's own tensors; changing them in place changes it."""

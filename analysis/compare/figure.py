@@ -1,6 +1,6 @@
-"""The figure of `analyze --compare`, a row for each run: decomposition, ratio, FVU and delta cross-entropy.
+"""The figure of `analyze --compare`, one row for each run: decomposition, ratio, FVU and delta cross-entropy.
 
-All have 95 % intervals. The style is that of `analysis.report.figures`. Tested in test_measure.py.
+All have 95 % intervals, in the style of `analysis.report.figures`. Tested in test_measure.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ def write_comparison(runs: Sequence[Mapping[str, Any]], out: Path) -> list[str]:
 
 
 def _label(run: Mapping[str, Any]) -> str:
-    """A run's name, and below it what it is."""
+    """A run's name, and below it its model and settings."""
     what = kind_words(run).rpartition("/")[2]
     number = layer_words(run["layers"]) + (" layers" if len(run["layers"]) > 1 else "")
     kind = " ".join(filter(None, (run["activation"], run["k"] and f"k {run['k']}")))
@@ -53,7 +53,7 @@ def _label(run: Mapping[str, Any]) -> str:
 
 
 def _draw_means(axes: Any, runs: Sequence[Mapping[str, Any]], name: str, label: str) -> None:
-    """A mean over layers and its interval, from 0 on."""
+    """A mean over layers with its interval, on an axis that starts at 0."""
     highest, lowest = 0.0, 0.0
     for row, run in enumerate(runs):
         value, low, high = (run[f"{name}{end}"] for end in ("", "_low", "_high"))
@@ -72,7 +72,7 @@ def _draw_means(axes: Any, runs: Sequence[Mapping[str, Any]], name: str, label: 
 
 
 def _draw_parts(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
-    """Stacked bars by mass; the whisker is the interval of the total."""
+    """Stacked bars by mass; the whisker is the interval for the total."""
     for row, run in enumerate(runs):
         parts = run["normalised"]["mass"]
         if parts["total"] is None:
@@ -88,7 +88,7 @@ def _draw_parts(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
     parts = [run["normalised"]["mass"] for run in runs]
     ends = [(part["ci95"].get("total") or (0, part["total"] or 0))[1] for part in parts]
     axes.set_xlim(0, 1.05 * max([1.0, *ends]))
-    axes.set_xlabel("variance of the layer, by mass, over that of\nan evenly drawn layer")
+    axes.set_xlabel("variance of the layer index, by mass, over that of\na uniformly drawn layer")
 
 
 def _draw_ratios(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:

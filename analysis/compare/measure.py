@@ -1,9 +1,9 @@
-"""Any number of analyses side by side: `analyze --compare A B C`.
+"""`analyze --compare A B C`: any number of analyses side by side.
 
-Variances of models of different depth are made comparable by dividing them by that of a layer drawn evenly from the
-analysed ones: (n_layers^2 - 1) / 12 where those are consecutive. 1 is an even spread, whatever the depth. Runs of one
-kind (model, trained or not, lens, layers) stand together, kinds in the order in which they were given, and within a
-kind by expansion factor and k, so that a sweep reads as one table.
+Variances of models of different depth are made comparable by dividing them by the variance of a layer drawn uniformly
+from the analysed ones: (n_layers^2 - 1) / 12 if these are consecutive. 1 is a uniform spread, whatever the depth. Runs
+of one kind (model, trained or not, lens, layers) are grouped, kinds in the order in which they were given, and sorted
+within a kind by expansion factor and k, so that a sweep reads as one table.
 """
 
 import json
@@ -27,17 +27,16 @@ from residscope.reading import reading
 from store.folder import refuse_inside_store
 
 PARTS = VARIANCE_NAMES[:5]
-"""The numbers that are variances, and so are divided by the depth's."""
+"""The numbers that are variances, and so are divided by that of a uniformly drawn layer."""
 
 KIND = ("model", "random_init", "lens", "layers")
-"""What runs of one kind share; expansion factor and k tell them apart."""
+"""What runs of one kind share; they differ in expansion factor and k."""
 
 QUALITY = {
     **dict.fromkeys(("fvu", "l0"), "reconstruction"),
     **dict.fromkeys(("delta_ce", "kl", "loss_recovered_mean"), "downstream"),
 }
-"""Means over layers, and the part of the summary that has them, each with its interval."""
-
+"""Means over layers, each with its interval, and the part of the summary that has them."""
 
 _AGAIN = "run `analyze` again"
 
@@ -45,7 +44,7 @@ _AGAIN = "run `analyze` again"
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Compare runs, write the files to `config.out`, print the table, and return compare.json's content.
 
-    Raises `UsageError` for a path that does not exist, `IncompatibleError` for any but a whole analysis.
+    Raises `UsageError` for a path that does not exist, `IncompatibleError` for one that is not a complete analysis.
     """
     refuse_inside_store(config.out)
     refuse_comparison_of("train compare", config.out, "store")
@@ -77,7 +76,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
-    """Names of runs: the last parts of each path, as many as make all names different."""
+    """Names of runs: the last parts of each path, as many as are needed to make all names different."""
     folders = [path.parent if path.name == "summary.json" else path for path in paths]
     for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-depth:]) or str(folder) for folder in folders]
@@ -87,7 +86,7 @@ def run_names(paths: Sequence[Path]) -> list[str]:
 
 
 def in_order(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs by kind in the order of first appearance; within a kind by expansion factor, k, and the order given."""
+    """Runs sorted by kind (in order of first appearance), then by expansion factor, k, and the order given."""
     kinds = [[run[name] for name in KIND] for run in runs]
 
     def place(run: dict[str, Any]) -> tuple[float, ...]:
@@ -103,11 +102,11 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "layer_numbers": (list,),
     "validation_fvu": (int, float, type(None)),
 }
-"""Types of what is read here from a summary."""
+"""Types of the entries that are read from a summary."""
 
 
 def _checked_run(path: Path, name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """`_run`; raises `IncompatibleError` where the summary is not what `analyze` writes."""
+    """Like `_run`; raises `IncompatibleError` if the summary is not as `analyze` writes it."""
     with reading(f"--compare {path}: its summary.json is damaged or was not written by `analyze`", _AGAIN):
         for key, kinds in _KINDS.items():
             if not isinstance(summary.get(key), kinds):
@@ -115,7 +114,7 @@ def _checked_run(path: Path, name: str, summary: Mapping[str, Any]) -> dict[str,
         if not summary["layer_numbers"]:
             raise ValueError("layer_numbers is empty")
         run = _run(name, summary)
-        _rows([run])  # fails where a number of the table is missing
+        _rows([run])  # fails if a number of the table is missing
         return run
 
 
@@ -157,7 +156,7 @@ def _run(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _normalised(variance: Mapping[str, Any], uniform: float) -> dict[str, Any]:
-    """Variances over that of an evenly drawn layer; None where there is one layer only."""
+    """Variances divided by that of a uniformly drawn layer; None if there is only one layer."""
     if not uniform:
         return {**dict.fromkeys(PARTS), "ci95": {}}
     intervals = {name: variance["ci95"].get(name) for name in PARTS}
@@ -168,7 +167,7 @@ def _normalised(variance: Mapping[str, Any], uniform: float) -> dict[str, Any]:
 
 
 def _rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each run and weighting; *_low and *_high are the ends of 95 % intervals."""
+    """One row for each run and weighting; *_low and *_high are the ends of 95 % intervals."""
     rows = []
     for run in runs:
         for weighting in WEIGHTINGS:

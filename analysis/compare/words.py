@@ -1,4 +1,4 @@
-"""What `analyze --compare` says: three tables, a row for each run of compare.json. Tested in test_measure.py."""
+"""The text that `analyze --compare` prints: three tables, one row for each run. Tested in test_measure.py."""
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
@@ -9,25 +9,25 @@ from analysis.results.words import shown, table, with_interval
 
 Run = Mapping[str, Any]
 UNLIKE = 1.5
-"""Times the training of another run, from which on they are said to be unlike."""
+"""How many times as long as another run's a training must be for a note."""
 Columns = Mapping[str, Callable[[Run], str]]
-"""Of a table, by heading: what stands there for a run."""
+"""By heading, the text of a run's cell."""
 
 
 def compare_words(runs: Sequence[Run]) -> str:
-    """The decomposition by mass over that of an evenly drawn layer, what the reconstruction costs, and persistence."""
+    """The decomposition by mass (over the variance of a uniformly drawn layer), reconstruction, and persistence."""
     return "\n".join(
         [
-            "R: expansion factor. Variance of the layer, by mass, over that of a layer drawn evenly from the analysed "
-            "ones; aggregate / token-level is not divided; [95 % intervals over documents]",
+            "R: expansion factor. Variance of the layer index, by mass, divided by that of a layer drawn uniformly "
+            "from the analysed ones (aggregate / token-level is not divided); [95 % intervals over documents]",
             *_table(runs, DECOMPOSITION),
             "",
             "Means over layers. FVU, delta CE (nats per token) and KL (nats per token): lower is better, 0 is perfect. "
             "Loss recovered (against mean ablation): higher is better, 1 is perfect",
             *_table(runs, QUALITY),
             "",
-            "Along the layers of a token, by mass: layers on, longest run, share that stays on at the next layer; "
-            "and observed / null model, 1: chance explains it",
+            "Along the layers of a token, by mass: layers on, longest run, share still on at the next layer; "
+            "and observed / null model (1: explained by chance)",
             *_table(runs, PERSISTENCE),
             *unlike_training(runs),
         ]
@@ -35,12 +35,12 @@ def compare_words(runs: Sequence[Run]) -> str:
 
 
 def unlike_training(runs: Sequence[Run]) -> list[str]:
-    """A note where runs saw unlike amounts of training, or their numbers had not settled."""
+    """Notes if the amounts of training differ, or if the numbers of a run had not settled."""
     lengths = [run["trained_tokens"] for run in runs if run["trained_tokens"]]
     notes = [f"{run['run']}: its ratio had not settled when training ended." for run in runs if run["settled"] is False]
     if lengths and max(lengths) > UNLIKE * min(lengths):
         seen = ", ".join(f"{run['run']} {run['trained_tokens']:,}" for run in runs if run["trained_tokens"])
-        notes.append(f"Trained on different amounts of text, in tokens: {seen}; that alone may change their numbers.")
+        notes.append(f"Trained on different amounts of text, in tokens: {seen}; this alone may change their numbers.")
     return ["", *notes] if notes else []
 
 
@@ -53,7 +53,7 @@ def _table(runs: Sequence[Run], columns: Columns) -> list[str]:
 
 
 def _number(*keys: str) -> Callable[[Run], str]:
-    """The number at a path of keys; a dash where the path ends early."""
+    """The number at a path of keys; a dash if the path ends early."""
 
     def cell(run: Run) -> str:
         value: Any = run
@@ -73,13 +73,13 @@ def _bounded(name: str) -> Callable[[Run], str]:
 
 
 def kind_words(run: Run) -> str:
-    """Which model, trained or not, through a lens or not."""
+    """The model's name, and whether it is untrained or seen through a tuned lens."""
     untrained, lens = ("untrained" if run["random_init"] else ""), ("tuned lens" if run["lens"] else "")
     return ", ".join(filter(None, (run["model"] or "-", untrained, lens)))
 
 
 def layer_words(layers: Sequence[int]) -> str:
-    """How many layers, or which one."""
+    """The number of layers, or which layer if there is only one."""
     return f"layer {layers[0]} only" if len(layers) == 1 else str(len(layers))
 
 

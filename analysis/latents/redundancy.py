@@ -1,14 +1,14 @@
-"""How alike the latents of a dictionary are, and whether it has learnt one direction once per layer.
+"""How similar the latents of a dictionary are, and whether it has learnt the same direction once per layer.
 
-Of the live latents, with unit decoder rows:
+For the live latents, with unit decoder rows:
 
     neighbours    the five other live latents with the highest cosines
     nearest       the first of them; MMCS is the mean of its cosine over live latents
     parallel      pairs whose cosine is above a threshold
     redundant     parallel pairs with disjoint layer profiles: sum_l min(P(l | a), P(l | b)) below a tenth
 
-Cosines are made a tile of rows against all later rows at a time, so memory does not grow with the square of the number
-of latents; of the parallel pairs, however many, the foremost are kept.
+Cosines are computed for a tile of rows and all later rows at a time, so memory does not grow with the square of the
+number of latents. Of the parallel pairs, only the first `MAX_PAIRS` in the order of `Pairs` are kept.
 
 Shapes: J live latents, D d_model, L layers, P pairs. Tested in tests/analysis/latents/test_table.py.
 """
@@ -20,16 +20,16 @@ import torch
 from numpy.typing import NDArray
 
 MAX_OVERLAP = 0.1
-"""Profiles that overlap by less are disjoint."""
+"""Profiles with less overlap than this are disjoint."""
 
 N_NEIGHBOURS = 5
-"""Nearest latents of each that are kept."""
+"""Nearest latents kept for each latent."""
 
 MAX_PAIRS = 10_000
-"""Pairs that are kept."""
+"""Pairs kept."""
 
 TILE_BYTES = 64 * 2**20
-"""Cosines held at once, float32."""
+"""Bytes of the float32 cosines held at once."""
 
 _PAIRS_AT_ONCE = 2**18
 """Pairs whose profiles are compared at once."""
@@ -42,7 +42,7 @@ class Pairs(NamedTuple):
     b: NDArray[np.int64]
     cosine: NDArray[np.float64]
     overlap: NDArray[np.float64]
-    """Of the two profiles, 0 to 1."""
+    """Overlap of the two profiles, 0 to 1."""
 
 
 class Redundancy(NamedTuple):
@@ -55,9 +55,9 @@ class Redundancy(NamedTuple):
     n_redundant_latents: int
     """Latents that are in a redundant pair."""
     neighbours: NDArray[np.int64]
-    """[M, 5] the nearest other live latents, the nearest first; -1 for a dead latent, or where there are fewer."""
+    """[M, 5] the nearest other live latents, nearest first; -1 for a dead latent, or if there are fewer."""
     neighbour_cosines: NDArray[np.float64]
-    """[M, 5] their cosines, NaN where there is none."""
+    """[M, 5] their cosines; NaN if there is no such latent."""
 
     @property
     def mmcs(self) -> float:
@@ -67,7 +67,7 @@ class Redundancy(NamedTuple):
 
 
 def find_redundancy(W_dec: torch.Tensor, probs: NDArray[np.float64], threshold: float) -> Redundancy:
-    """From decoder rows [M, D] and profiles [M, L] (rows of a latent that never fired are 0: it is left out)."""
+    """From decoder rows [M, D] and profiles [M, L]; latents that never fired, whose profiles are 0, are left out."""
     live = np.flatnonzero(probs.sum(axis=1) > 0)
     rows = torch.nn.functional.normalize(W_dec.detach()[torch.from_numpy(live)].float(), dim=1)  # [J, D]
     n = len(live)
@@ -85,7 +85,7 @@ def find_redundancy(W_dec: torch.Tensor, probs: NDArray[np.float64], threshold: 
         own.masked_fill_(torch.eye(size, dtype=torch.bool), -torch.inf)
         value, index = cosine.topk(min(N_NEIGHBOURS, n - start), dim=1)
         _keep_nearest(best[start:stop], near[start:stop], value, index + start)
-        if stop < n:  # each later row meets the tile's rows here, and never again
+        if stop < n:  # the only time that later rows meet the rows of this tile
             value, index = cosine[:, size:].topk(min(N_NEIGHBOURS, size), dim=0)
             _keep_nearest(best[stop:], near[stop:], value.T, index.T + start)
         own.masked_fill_(torch.ones(size, size, dtype=torch.bool).tril(), -torch.inf)
@@ -100,7 +100,7 @@ def find_redundancy(W_dec: torch.Tensor, probs: NDArray[np.float64], threshold: 
             values = cosine[part[:, 0], part[:, 1]].double().numpy()
             pairs = _foremost(pairs, Pairs(a, b, values, overlap))
         start = stop
-    known = torch.isfinite(best)  # a latent itself stands at -inf
+    known = torch.isfinite(best)  # a latent's cosine with itself was set to -inf
     neighbours = np.full((len(probs), N_NEIGHBOURS), -1)
     cosines = np.full((len(probs), N_NEIGHBOURS), np.nan)
     neighbours[live] = np.where(known.numpy(), live[near.numpy()] if n else -1, -1)
@@ -109,7 +109,7 @@ def find_redundancy(W_dec: torch.Tensor, probs: NDArray[np.float64], threshold: 
 
 
 def _keep_nearest(best: torch.Tensor, near: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> None:
-    """Put the highest of what is kept [r, 5] and what was found [r, at most 5] into what is kept, in place."""
+    """Merge newly found cosines and latents [r, at most 5] into those kept so far [r, 5], in place."""
     value, place = torch.cat([best, value], dim=1).topk(best.shape[1], dim=1)
     near.copy_(torch.cat([near, index], dim=1).gather(1, place))
     best.copy_(value)

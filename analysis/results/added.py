@@ -1,5 +1,5 @@
-"""What is added to a finished analysis later (prompts, explanations): the analysis is made first if there is none of
-the same store and autoencoder, and its report is written again after."""
+"""Adding to a finished analysis (prompts, explanations): the analysis is made first unless the folder already has that
+of the same store and autoencoder, and its report is written again afterwards."""
 
 import contextlib
 import sys
@@ -20,21 +20,21 @@ from store.files import atomic_write
 
 
 def make_unless_there(config: AnalyzeConfig, inputs: Inputs) -> None:
-    """Make the analysis of `inputs` in the output folder, if it does not hold it."""
+    """Make the analysis of `inputs` in the output folder, unless it is already there."""
     if not has_analysis(config.out_dir, inputs):
         with contextlib.redirect_stdout(sys.stderr) if config.output.json else contextlib.nullcontext():
             analyze(with_values(config, json=False), inputs)
 
 
 def require_there(config: AnalyzeConfig, inputs: Inputs) -> None:
-    """`IncompatibleError` where the output folder no longer holds that analysis."""
+    """Raise `IncompatibleError` if the output folder no longer holds that analysis."""
     if not has_analysis(config.out_dir, inputs):
         raise IncompatibleError(f"{config.out_dir}: another analysis was put there in the meantime; give another --out")
 
 
 def has_analysis(out: Path, inputs: Inputs) -> bool:
-    """Whether `out` holds a whole analysis of this store and autoencoder, of this version. `IncompatibleError` where it
-    is damaged: who adds to it would have it made again, without what was added before."""
+    """Whether `out` holds a complete analysis of this store and autoencoder, by this version. Raises
+    `IncompatibleError` if it is damaged: making it again would lose what was added to it."""
     if not (out / SUMMARY).is_file() or version_of(read_json(out / SUMMARY)) != SCHEMA_VERSION:
         return False
     provenance = read_summary(out / SUMMARY)["provenance"]
@@ -44,7 +44,7 @@ def has_analysis(out: Path, inputs: Inputs) -> bool:
 
 
 def write_report_again(config: AnalyzeConfig) -> None:
-    """report.html with what was added, unless none is wanted."""
+    """Write report.html again, with what was added, unless --no-report was given."""
     if config.output.report:
         with reading(f"{config.out_dir}: the analysis there is damaged", "run `analyze` again"):
             page = render_report(load_results(config.out_dir))

@@ -1,5 +1,5 @@
-"""The names of the files in the folder that an analysis writes. They get there together (`residscope.destinations`),
-summary.json last: a folder without summary.json holds no whole analysis. Tested in test_added.py."""
+"""The names of the files that an analysis writes. They are moved into its folder together (`residscope.destinations`),
+summary.json last: a folder without it holds no complete analysis. Tested in test_added.py."""
 
 from analysis.config import AnalyzeConfig
 from residscope.destinations import refuse_shared
@@ -9,13 +9,13 @@ LATENTS, LAYERS, REDUNDANCY = "latents.parquet", "layers.parquet", "redundancy.p
 LATENT_LOGITS, HISTOGRAMS = "latent_logits.parquet", "histograms.parquet"
 EXAMPLES, RANDOM_EXAMPLES = "examples.parquet", "random_examples.parquet"
 PROMPT_JSON, PROMPT_TABLE = "prompt.json", "prompt.parquet"
-"""What `analyze --prompt` adds to an analysis."""
+"""Added to an analysis by `analyze --prompt`."""
 
 EXPLANATIONS = "explanations.parquet"
-"""What `analyze --delphi-scores` adds."""
+"""Added by `analyze --delphi-scores`."""
 
 FIGURES = ("layer_profile", "variance", "reconstruction", "downstream")
-"""Of each a PNG and an SVG, which `analysis.report.page` may write beside report.html."""
+"""Figures that `analysis.report.page` may write next to report.html, each as PNG and SVG."""
 
 FILES = {
     *(SUMMARY, LATENTS, LAYERS, CONFIG, REDUNDANCY, LATENT_LOGITS, EXAMPLES, RANDOM_EXAMPLES, HISTOGRAMS, REPORT),
@@ -25,8 +25,8 @@ FILES = {
 
 
 def may_be_replaced(config: AnalyzeConfig) -> bool:
-    """Whether files of these names that are in the output folder are an analysis'; `UsageError` where they are of
-    another autoencoder and the folder was not chosen with --out: a.pt and a folder a would share a.analysis."""
+    """Whether files with these names in the output folder are an earlier analysis. Raises `UsageError` if they are
+    another autoencoder's and the folder was not chosen with --out: a.pt and a folder a would share a.analysis."""
     record = config.out_dir / CONFIG
     if config.out is None:
         refuse_shared(config.sae, record, flag="--sae", way_out="choose another folder with --out")

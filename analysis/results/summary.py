@@ -1,6 +1,6 @@
-"""summary.json: what was found, in numbers, in the schema that others read.
+"""summary.json: the numbers that were found, in a schema that other programs read (docs/outputs.md).
 
-Nothing is computed here but means over layers; a number that is not defined is null.
+Only means over layers are computed here; a number that is not defined is null.
 """
 
 import json
@@ -41,12 +41,12 @@ from train.reporting.convergence import in_words, is_curve, last_quarter
 SCHEMA_VERSION = 1
 _AGAIN = "run `analyze` again"
 HASH = "content_hash"
-"""Key of what `content_hash` gives."""
+"""The key of `content_hash`'s result."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """The PCA baseline, as evaluated."""
+    """The PCA baseline's result."""
 
     k: int
     n_train_vectors: int
@@ -54,12 +54,12 @@ class Baseline:
     fvu: NDArray[np.float64]
     """[L] on the validation vectors."""
     sae: MLSAE | None
-    """As an autoencoder; None where vectors are not each standardised by itself."""
+    """The same as an autoencoder; None unless each vector is standardised by its own mean and deviation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """All that an analysis found; None for what was not asked for or could not be computed."""
+    """All results of an analysis; None for what was not requested or could not be computed."""
 
     config: AnalyzeConfig
     inputs: Inputs
@@ -71,17 +71,18 @@ class Findings:
     redundancy: Redundancy | None
     views: LatentViews | None
     model: ModelFindings
-    few: str | None  # tokens that carry much of a layer's variance, in words
+    few: str | None  # describes the few tokens that carry much of a layer's variance
     seconds: float
 
     @property
     def validation(self) -> QualityResult | None:
-        """On the held-out documents; None if there are none."""
+        """Quality on the held-out documents; None if there are none."""
         return self.sums.quality.result(VALIDATION) if self.selection.validation.any() else None
 
     @property
     def without_few(self) -> QualityResult | None:
-        """On the analysed tokens but for few that carry much of a layer's variance; None if there are none."""
+        """Quality on the analysed tokens without the few that carry much of a layer's variance; None if there are no
+        such tokens."""
         quality = self.sums.quality
         return quality.result(WITHOUT_FEW) if len(quality.n_tokens) > WITHOUT_FEW else None
 
@@ -129,32 +130,32 @@ def build(found: Findings) -> dict[str, Any]:
 
 
 def read_summary(file: Path) -> dict[str, Any]:
-    """summary.json of this version as `analyze` wrote it; `IncompatibleError` for any other."""
+    """The content of a summary.json written by this version's `analyze`; `IncompatibleError` for any other."""
     summary = read_json(file, _AGAIN)
     if (version := version_of(summary)) != SCHEMA_VERSION:
         raise IncompatibleError(f"{file}: schema_version is {version}, expected {SCHEMA_VERSION}: {_AGAIN}")
     if HASH not in summary:
-        print(f"note: {file}: written by an earlier version, without a content_hash to check it by", file=sys.stderr)
+        print(f"note: {file}: written by an earlier version, without a content_hash to check", file=sys.stderr)
         return summary
-    with reading(f"{file}: damaged", _AGAIN):  # NaN is no number of a summary
+    with reading(f"{file}: damaged", _AGAIN):  # a NaN would not be valid JSON
         if summary[HASH] != content_hash(summary):
             raise ValueError("changed after `analyze` wrote it")
     return summary
 
 
 def version_of(summary: Any) -> Any:
-    """The `schema_version` of what a summary.json holds; None where it has none."""
+    """The `schema_version` of a summary.json's content; None if it has none."""
     return summary.get("schema_version") if isinstance(summary, dict) else None
 
 
 def content_hash(summary: Mapping[str, Any]) -> str:
-    """XXH3-128 of a summary but for the hash itself and all `seconds`, which differ where runs found the same."""
+    """XXH3-128 of a summary without the hash itself and all `seconds`, which differ even between equal results."""
     text = json.dumps({key: value for key, value in summary.items() if key != HASH})
     return config_hash(json.loads(text, object_hook=lambda part: {k: v for k, v in part.items() if k != "seconds"}))
 
 
 def _convergence(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """How settled the numbers are, by the curve of the training; None where it kept none."""
+    """How settled the numbers are, from the training's curve; None if the checkpoint has no curve."""
     curve = checkpoint.trainer.get("curve")
     moved = last_quarter(curve) if is_curve(curve) else None
     return None if moved is None else {"last_quarter": moved, "text": in_words(moved), "curve": curve}
@@ -194,7 +195,7 @@ def layer_rows(found: Findings) -> list[dict[str, Any]]:
 
 
 def describe_split(found: Findings) -> tuple[dict[str, Any], list[str]]:
-    """Which tokens the numbers speak of, and what to be wary of."""
+    """Which tokens were analysed, and the warnings about them."""
     inputs, selection, split = found.inputs, found.selection, found.config.tokens.split
     n, held_out = selection.n_analysed, selection.held_out
     n_held_out = int((selection.analysed & held_out[inputs.store.tokens.document]).sum())
@@ -203,9 +204,9 @@ def describe_split(found: Findings) -> tuple[dict[str, Any], list[str]]:
     elif n_held_out == n:
         trained_on, fate = "none", "all held out from training"
     elif n_held_out:
-        trained_on, fate = "some", f"{n - n_held_out:,} of them are of documents that the autoencoder was trained on"
+        trained_on, fate = "some", f"{n - n_held_out:,} of them from documents that the autoencoder was trained on"
     else:
-        trained_on, fate = "all", "of documents that the autoencoder was trained on"
+        trained_on, fate = "all", "from documents that the autoencoder was trained on"
     whose = {"all": "store", "train": "training documents", "validation": "validation documents"}[split]
     limit = found.config.tokens.max_tokens
     which = f"the first {limit:,} kept tokens of the {whose}" if limit == n else f"every kept token of the {whose}"
@@ -215,15 +216,15 @@ def describe_split(found: Findings) -> tuple[dict[str, Any], list[str]]:
         shown = "All" if share == 100 else f"{share:.0f} %"
         one = "harvest several documents" if len(held_out) == 1 else "train with --validation-fraction above 0"
         way_out = "use `--split validation`" if held_out.any() else one
-        warnings.append(f"{shown} of these tokens are of training documents: {way_out} for held-out numbers.")
+        warnings.append(f"{shown} of these tokens are from training documents: {way_out} for held-out numbers.")
     if trained_on == "unknown":
-        warnings.append("It is not known whether the autoencoder, not trained on this store, was trained on this text.")
+        warnings.append("The autoencoder was not trained on this store, but perhaps on the same text.")
     if not inputs.checkpoint.trainer.get("finished", True):
-        warnings.append(f"Training was not finished: this is its step {inputs.checkpoint.trainer.get('step')}.")
+        warnings.append(f"Training has not finished: this is step {inputs.checkpoint.trainer.get('step')}.")
     if not found.intervals.variance and found.config.statistics.intervals:
         warnings.append(
-            f"No 95 % intervals: {counted(selection.n_documents, 'document')} in "
-            f"{counted(selection.n_groups, 'group')} of about the same size; {MIN_INTERVAL_GROUPS} groups are needed."
+            f"No 95 % intervals: they need {MIN_INTERVAL_GROUPS} groups of documents of about the same size, and "
+            f"{counted(selection.n_documents, 'document')} give {counted(selection.n_groups, 'group')}."
         )
     return {
         "name": split,
@@ -271,12 +272,12 @@ def _provenance(found: Findings) -> dict[str, Any]:
 
 
 def trained_tokens(checkpoint: Checkpoint) -> int | None:
-    """Tokens of training, repeats included, as far as the checkpoint tells."""
+    """Tokens trained on, including repeats; None if the checkpoint does not say."""
     trainer, plan = checkpoint.trainer, checkpoint.trainer.get("config") or {}
     step, batch, layers = trainer.get("step"), plan.get("batch_size"), plan.get("layers")
     if not (step and batch and layers):
         return None
-    if trainer.get("vectors"):  # its own: of one of a --per-layer set, those of its layer
+    if trainer.get("vectors"):  # this run's own: for one of a --per-layer set, only its layer's
         return trainer["vectors"] // len(layers)
     streamed = plan.get("stream_layers") or layers
     return min(step * batch, plan.get("vectors", step * batch)) // len(streamed)
@@ -298,7 +299,7 @@ def _persistence(found: Findings) -> dict[str, Any]:
 
 
 def _add_intervals(numbers: dict[str, dict[str, Any]], intervals: Intervals) -> None:
-    """Put 95 % intervals beside the numbers of each weighting; none where none are given."""
+    """Add the 95 % intervals, where there are any, to the numbers of each weighting."""
     for weighting, row in numbers.items():
         row["ci95"] = _plain(intervals.get(weighting, {}))
 

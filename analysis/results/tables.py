@@ -1,4 +1,4 @@
-"""Tables as parquet files whose pages have check sums: a damaged page is refused, and gives no other numbers."""
+"""Tables as parquet files whose pages have checksums, so that a damaged page is refused."""
 
 from functools import partial
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 CHECKED: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
-"""How every table is written."""
+"""Options with which every table is written."""
 
 write_table = partial(pq.write_table, **CHECKED)
 read_file = partial(pq.ParquetFile, page_checksum_verification=True)

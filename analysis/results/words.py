@@ -1,4 +1,4 @@
-"""What `analyze` says on the terminal: the summary in plain sentences and small tables, with units and directions.
+"""What `analyze` prints: the summary in plain sentences and small tables, with units and directions.
 
 Made from summary.json alone; no number is computed here. Tested in tests/analysis/test_run.py.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from analysis.baselines.nulls import NULLS
 from analysis.model.together import group_words
 from analysis.moments import VARIANCE_NAMES
-from residscope.console import aligned
+from residscope.console import aligned, counted
 
 _ROW_NAMES = {"mass": "by mass", "equal": "by token-latent pair", "latent": "by latent"}
 
@@ -26,7 +26,7 @@ _COLUMNS |= {
 
 
 def words(summary: Mapping[str, Any]) -> str:
-    """The findings in plain words, a few dozen lines."""
+    """The findings as a few dozen lines of text."""
     variance, compat = summary["variance"], summary["variance"]["mlsae_compat"]
     latents, sae = summary["latents"], summary["provenance"]["sae"]
     kind = sae["activation"] + (f", k {sae['k']}" if sae["k"] else "")
@@ -39,7 +39,7 @@ def words(summary: Mapping[str, Any]) -> str:
         summary["split"]["text"],
         *(f"warning: {warning}" for warning in summary["warnings"]),
         "",
-        "How latents spread over layers: variance of the layer, in layers squared"
+        "How latents spread over layers: variance of the layer index, in layers squared"
         + (", with 95 % intervals over documents" if summary["uncertainty"] else ""),
         *table(
             ("weighting", "within token", "between tokens", "between latents", "total", "aggregate / token-level"),
@@ -80,9 +80,9 @@ def _headline(ratio: float | None, reference: float | None) -> list[str]:
         return [line]
     return [
         line,
-        f"The reference's formula on the same codes gives {1 / reference:.3g} times. It averages over tokens at which",
-        "a latent is silent as if its mass were at layer 0, so it does not compare variances, and its ratio depends on",
-        "how layers are numbered (docs/method.md).",
+        f"The reference's formula on the same codes gives {1 / reference:.3g} times. Its averages include tokens at",
+        "which a latent is silent, as if its mass were at layer 0: so it does not compare variances, and its ratio",
+        "depends on how layers are numbered (docs/method.md).",
     ]
 
 
@@ -97,8 +97,8 @@ def _persistence_words(means: Mapping[str, Any]) -> list[str]:
     single, unbroken = means["single_layer"], means["unbroken_multi"]
     if unbroken is not None:
         lines.append(
-            f"At one layer only: {100 * single:.0f} %. Of the others {100 * unbroken:.0f} % switch on once and "
-            f"stay on until they go off (contiguity {with_interval(means, 'contiguity_multi')})."
+            f"On at one layer only: {100 * single:.0f} %. Of the others, {100 * unbroken:.0f} % switch on once and "
+            f"stay on until they switch off (contiguity {with_interval(means, 'contiguity_multi')})."
         )
     return lines
 
@@ -111,7 +111,7 @@ def _null_words(summary: Mapping[str, Any]) -> list[str]:
         ("variance", "within_token", "within token, layers squared"),
         ("variance", "aggregate_over_token", "aggregate / token-level"),
         ("persistence", "run_length", "longest run, layers"),
-        ("persistence", "stays_on", "share on at the next layer too"),
+        ("persistence", "stays_on", "share still on at the next layer"),
     ):
         ratios = [nulls[null]["ratio"][part]["mass"] for null in NULLS]
         values = [nulls[null][part]["mass"][name] for null in NULLS]
@@ -139,9 +139,10 @@ def _fvu_words(summary: Mapping[str, Any]) -> list[str]:
         f"L0 {with_interval(reconstruction, 'l0')}."
     ]
     if reconstruction["fvu_without_few"] is not None:
-        lines.append(f"Without the few tokens that are warned of: FVU {shown(reconstruction['fvu_without_few'])}.")
+        lines.append(f"Without the few tokens of the warning: FVU {shown(reconstruction['fvu_without_few'])}.")
     if validation:
-        line = f"Mean over layers, {validation['n_tokens']:,} validation tokens: FVU {shown(validation['fvu'])}"
+        of = f"{validation['n_tokens']:,} validation tokens of {counted(validation['n_documents'], 'document')}"
+        line = f"Mean over layers, {of}: FVU {shown(validation['fvu'])}"
         if pca:
             line += f"; PCA with {pca['k']} components on the same vectors {shown(pca['fvu'])}"
         lines.append(line + ".")
@@ -155,12 +156,12 @@ def _layer_rows(summary: Mapping[str, Any], *names: str) -> list[tuple[str, ...]
 def _model_words(summary: Mapping[str, Any]) -> list[str]:
     reason = summary["transformer"]["reason"]
     if reason and summary["latent_logits"]:
-        return ["", f"No downstream quality: {reason}.", *_token_words(summary["latent_logits"])]
+        return ["", f"Downstream quality was not measured: {reason}.", *_token_words(summary["latent_logits"])]
     if reason:
         return [
             "",
-            f"No downstream quality and no tokens of latents: {reason} (--model FOLDER says where the model is, "
-            "--downstream-tokens N fetches one of the hub, --downstream-tokens 0 --no-latent-logits goes without.)",
+            f"Downstream quality and the tokens that latents promote were skipped: {reason} (--model FOLDER says where "
+            "the model is, --downstream-tokens N downloads it, --downstream-tokens 0 --no-latent-logits skips both.)",
         ]
     return [*_downstream_words(summary), *_token_words(summary["latent_logits"])]
 
@@ -168,11 +169,12 @@ def _model_words(summary: Mapping[str, Any]) -> list[str]:
 def _downstream_words(summary: Mapping[str, Any]) -> list[str]:
     if not (found := summary["downstream"]):
         return []
-    head = ("layer", "delta CE", "KL", "loss recovered (mean ablation)", "(zero ablation)", "mean ablation's delta CE")
+    head = ("layer", "delta CE", "KL", "loss recovered (mean ablation)", "(zero ablation)", "delta CE, mean ablation")
     names = ("delta_ce", "kl", "loss_recovered_mean", "loss_recovered_zero", "mean_ablation_delta_ce")
     return [
         "",
-        f"Downstream, each layer replaced alone by its reconstruction, {found['n_tokens']:,} {found['tokens']} tokens "
+        "Downstream, one layer at a time replaced by its reconstruction, "
+        f"{found['n_tokens']:,} {found['tokens']} tokens "
         f"(true CE {shown(found['true_ce'])} nats; delta CE and KL in nats per token: lower is better; "
         "loss recovered: 1 is perfect, 0 as bad as ablation)",
         *table(head, _layer_rows(summary, *names)),
@@ -186,7 +188,7 @@ def _together_words(found: Mapping[str, Any] | None) -> list[str]:
     if not found:
         return []
     names = ("delta_ce", "sum_alone_delta_ce", "pca_delta_ce", "kl", "sum_alone_kl", "loss_recovered_mean")
-    head = ("replaced together", "delta CE", "single layers' sum", "by PCA", "KL", "single layers' sum", "recovered")
+    head = ("replaced together", "delta CE", "sum of single layers", "PCA", "KL", "sum of single layers", "recovered")
     groups = found["groups"]
     rows = [(group_words(one["kind"], one["n"]), *(with_interval(one, name) for name in names)) for one in groups]
     return [f"Several layers at once, at {found['n_tokens']:,} of these tokens:", *table(head, rows)]
@@ -196,7 +198,7 @@ def _token_words(found: Mapping[str, Any] | None) -> list[str]:
     if not found:
         return []
     return [
-        "Decoder rows against tokens, median of the highest cosine (in brackets: of random directions): embedding "
+        "Decoder rows and tokens, median of the highest cosine (in brackets: of random directions): embedding "
         f"{shown(found['embedding_cosine'])} ({shown(found['embedding_chance'])}), unembedding "
         f"{shown(found['unembedding_cosine'])} ({shown(found['unembedding_chance'])})."
     ]
@@ -208,25 +210,25 @@ def _left_out(summary: Mapping[str, Any]) -> str:
 
 
 def some(rows: Sequence[Any]) -> list[Any]:
-    """At most twelve rows, evenly spread, first and last among them."""
+    """At most twelve rows, evenly spaced, including the first and last."""
     if len(rows) <= 12:
         return list(rows)
     return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, 12).round().astype(int))]
 
 
 def shown(value: float | None) -> str:
-    """Three digits, or a dash for what is not defined."""
+    """Three digits, or a dash if the number is not defined."""
     return "-" if value is None else f"{value:.3g}"
 
 
 def with_interval(variance: Mapping[str, Any], name: str) -> str:
-    """A number with its 95 % interval, where it has one."""
+    """A number with its 95 % interval, if it has one."""
     interval = (variance.get("ci95") or {}).get(name)
     value = shown(variance[name])
     return f"{value} [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else value
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table: the first column flush left, numbers flush right."""
+    """Lines of a table, the first column aligned left, the others right."""
     first = max(len(row[0]) for row in (head, *rows))
     return ["  " + line for line in aligned([(row[0].ljust(first), *row[1:]) for row in (head, *rows)])]

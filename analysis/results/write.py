@@ -1,6 +1,6 @@
-"""Everything that an analysis leaves: its tables, summary.json, options, figures and report, and its words.
+"""Writes an analysis: its tables, summary.json and options; prints its findings.
 
-The tables' columns and types are fixed here and described in docs/outputs.md; what is not defined is null, never NaN.
+The tables' columns and types are set here and described in docs/outputs.md; what is not defined is null, never NaN.
 """
 
 import json
@@ -38,7 +38,7 @@ LAYER_COLUMNS = pa.schema(
 def write_latents(
     path: Path, moments: LayerMoments, table: LatentTable, redundancy: Redundancy | None, extra: Mapping[str, pa.Array]
 ) -> None:
-    """One row for each latent, dead ones too; lists have one entry per layer. extra: [M] more columns."""
+    """One row for each latent, including dead ones; lists have one entry per layer. extra: more columns, each [M]."""
     none = (moments.n_latents, N_NEIGHBOURS)
     neighbours = redundancy.neighbours if redundancy else np.full(none, -1)
     cosines = redundancy.neighbour_cosines if redundancy else np.full(none, np.nan)
@@ -66,7 +66,7 @@ def write_layers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write_redundancy(path: Path, redundancy: Redundancy, table: LatentTable) -> None:
-    """One row for each near-parallel pair that was kept, the foremost first."""
+    """One row for each near-parallel pair that was kept, in the order of `find_redundancy`."""
     pairs = redundancy.pairs
     columns = {
         "latent_a": pa.array(pairs.a),
@@ -87,13 +87,13 @@ def _lists(values: NDArray[Any]) -> pa.Array:
 
 
 def _known(values: NDArray[Any], known: NDArray[np.bool_]) -> pa.Array:
-    """[M, n] as M lists of what is known of each."""
+    """[M, n] as M lists, each with only its known values."""
     offsets = np.concatenate([[0], np.cumsum(known.sum(axis=1))])
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values[known]))
 
 
 def write_results(found: Findings, folder: Path) -> dict[str, Any]:
-    """Write all files but the report's into `folder`; summary.json's content."""
+    """Write all files except the report's into `folder`; returns summary.json's content."""
     summary = build(found)
     columns = found.views.columns if found.views else {}
     write_latents(folder / files.LATENTS, found.sums.moments, found.table, found.redundancy, columns)
@@ -106,7 +106,7 @@ def write_results(found: Findings, folder: Path) -> dict[str, Any]:
 
 
 def tell(config: AnalyzeConfig, summary: dict[str, Any]) -> None:
-    """Print the findings; with --json on stderr, and summary.json on stdout."""
+    """Print the findings; with --json, print them on stderr and summary.json on stdout."""
     say = partial(print, file=sys.stderr) if config.output.json else print
     say(words(summary))
     written = sorted(path.name for path in config.out_dir.iterdir() if path.name in files.FILES)

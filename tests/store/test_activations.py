@@ -107,6 +107,13 @@ def test_a_store_that_lacks_shards(tmp_path: Path) -> None:
         store.write_shard(0, x[:32])
 
 
+def test_says_what_it_holds(tmp_path: Path) -> None:
+    make_store(tmp_path / "a.zarr", random_activations(2000, 2, 4), chunk_tokens=16, shard_tokens=512)
+    found = repr(ActivationStore.open(tmp_path / "a.zarr"))
+    path = str(tmp_path / "a.zarr")
+    assert found == f"ActivationStore({path!r}: 2,000 tokens x 2 layers x 4, bfloat16, 4 of 4 shards)"
+
+
 def test_pickles_as_its_path(tmp_path: Path) -> None:
     store = make_store(tmp_path / "a.zarr", random_activations(40, 2, 4))
     store.read()

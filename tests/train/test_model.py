@@ -43,6 +43,11 @@ def test_parts_of_a_dictionary_are_made_as_the_whole_is(m: int, d: int) -> None:
     assert torch.equal(torch.cat([part.W_enc for part in parts]), rows * 0.5)
 
 
+def test_says_what_it_is() -> None:
+    found = repr(MLSAE(SAEConfig(n_latents=8, d_model=4, k=2)))
+    assert found == "MLSAE(n_latents=8, d_model=4, k=2, activation='topk')"
+
+
 def test_forward_equals_the_formulas(sae: MLSAE) -> None:
     x = 3 + 2 * torch.randn(20, 5)
     x_std, mean, std = standardize(x)

@@ -95,7 +95,7 @@ def test_one_figure_the_same_each_time(folders, tmp_path, capsys):
         assert main(["--compare", *map(str, folders), "--out", str(tmp_path / name)]) == 0
     assert (tmp_path / "a" / "compare.png").read_bytes() == (tmp_path / "b" / "compare.png").read_bytes()
     svg = (tmp_path / "a" / "compare.svg").read_text()
-    for words in ("real", "shallow", "evenly drawn layer", "aggregate over token-level", "not defined", "one layer"):
+    for words in ("real", "shallow", "uniformly drawn layer", "aggregate over token-level", "not defined", "one layer"):
         assert words in svg
 
 
