@@ -175,7 +175,7 @@ def test_without_the_model_the_analysis_goes_on_and_says_why(setting: Setting, t
     assert pq.read_table(tmp_path / "layers.parquet")["delta_ce"].null_count == len(summary["layers"])
     assert not (tmp_path / "latent_logits.parquet").exists()
     said = capsys.readouterr().out
-    assert "No downstream quality and no tokens of latents: " in said
+    assert "Downstream quality and the tokens that latents promote were skipped: " in said
     assert "--model FOLDER says where the model is" in said
 
 
