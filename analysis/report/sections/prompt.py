@@ -1,4 +1,4 @@
-"""Section: what `analyze --prompt` found. Tables are made here, heat maps by assets/prompt.js from packed numbers."""
+"""Section: what `analyze --prompt` found. Tables are made here, heat maps by assets/prompt.js."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -13,22 +13,22 @@ from analysis.report.markup import Section, fill, integer, pack_arrays, percent,
 from residscope.escape import printable
 
 MOST_DRAWN = 256
-"""Latents of a prompt whose activations are in the page, by falling specificity; prompt.parquet has all."""
+"""Latents of a prompt whose activations are in the page: the most specific. prompt.parquet has all."""
 
 N_ROWS = 12
 """Latents in the table."""
 
 LINK = '<a href="#latent-{0:d}">{0:d}</a>'  # to a latent's row in the table
-INTRODUCTION = """<p>Texts that the user gave, seen through the autoencoder. Activations are in units of the
-standardised residual stream; a map's colours go from 0 to its own highest value. Latents come by specificity:
-activation against what is usual for the latent, so that one that is on in any text comes late, however strong. Greyed
-tokens are left out: the start of the sequence, and special tokens.</p>"""
+INTRODUCTION = """<p>Texts given with --prompt, seen through the autoencoder. Activations are in units of the
+standardised residual stream; each map's colours run from 0 to its own highest value. Latents are ordered by
+specificity: activation compared with what is usual for the latent, so that one that is on in any text ranks low,
+however strong. Greyed-out tokens are excluded: the start of the sequence and special tokens.</p>"""
 
 
 def section(results: Results) -> Section:
     if results.prompts is None:
         how = "<code>analyze --prompt &quot;...&quot;</code> with the same store and autoencoder"
-        return Section("Prompts", f"<p>None was given. {how} adds the latents of a text to this page.</p>")
+        return Section("Prompts", f"<p>No prompt was given. {how} adds the latents of a text to this page.</p>")
     prompts, layers = results.prompts["prompts"], results.prompts["layers"]
     body = INTRODUCTION + "".join(_prompt(i, prompt) for i, prompt in enumerate(prompts))
     data = "".join(_numbers(results.prompt_rows, layers, i, prompt) for i, prompt in enumerate(prompts))
@@ -36,7 +36,7 @@ def section(results: Results) -> Section:
 
 
 def _numbers(rows: Mapping[str, np.ndarray], layers: Sequence[int], i: int, prompt: Mapping[str, Any]) -> str:
-    """A prompt's activations as a data block; latents by their rank, layers by their place."""
+    """A prompt's activations as a data block; latents by rank, layers by their index in `layers`."""
     drawn = prompt["latents"][:MOST_DRAWN]
     numbers = np.array([one["latent"] for one in drawn], np.int64)
     chosen = (rows["prompt"] == i) & np.isin(rows["latent"], numbers)
@@ -64,7 +64,7 @@ def _prompt(i: int, prompt: Mapping[str, Any]) -> str:
         for token in prompt["tokens"]
     )
     drawn, silent = prompt["latents"], ", ".join(map(str, prompt["silent"]))
-    fewer = f" The maps hold the {len(drawn)} most specific to it." if prompt["n_active_latents"] > len(drawn) else ""
+    fewer = f" The maps show the {len(drawn)} most specific to it." if prompt["n_active_latents"] > len(drawn) else ""
     return fill(
         "prompt.html",
         i=str(i),
@@ -75,7 +75,7 @@ def _prompt(i: int, prompt: Mapping[str, Any]) -> str:
         fewer=fewer,
         latents=_latents(prompt),
         effects=_effects(prompt),
-        silent=f'<p class="note">Active nowhere in this prompt, so not ablated: latent {silent}.</p>' if silent else "",
+        silent=f'<p class="note">Not active in this prompt, so not ablated: latent {silent}.</p>' if silent else "",
     )
 
 
@@ -95,7 +95,7 @@ def _effects(prompt: Mapping[str, Any]) -> str:
         numbers = (show(one["kl_last"]), show(one["kl_mean"]))
         name = escape(name_of(one)).replace(f"latent {one['latent']}", f"latent {LINK.format(one['latent'])}")
         rows.append((name, *numbers, _changes(one["increased"]), _changes(one["decreased"])))
-    return table(("Change at every kept token or the positions", *kl, "Rises most", "Falls most"), rows, "effects")
+    return table(("Change, at all kept or the given positions", *kl, "Rises most", "Falls most"), rows, "effects")
 
 
 def _changes(found: Sequence[Mapping[str, Any]]) -> str:
@@ -107,7 +107,7 @@ def _changes(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _token(text: str, number: int | None = None) -> str:
-    """A token; of a piece of a character, which has no sign of its own, its number too."""
+    """A token, with its number if it is only part of a character, which cannot be shown."""
     piece = f" ({number})" if "\N{REPLACEMENT CHARACTER}" in text and number is not None else ""
     return f"<code>{escape(quoted(text))}</code>{piece}"
 
