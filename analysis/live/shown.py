@@ -1,4 +1,4 @@
-"""How a latent's card and a prompt's map show themselves in a notebook: HTML and SVG with inline styles, no script."""
+"""How a notebook displays a latent's card and a prompt's map: HTML and SVG with inline styles and no script."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Card:
     """What is known of a latent."""
 
     data: dict[str, Any]
-    """As of `Analysis.card`."""
+    """As returned by `Analysis.card`."""
 
     def __repr__(self) -> str:
         of = self.data
@@ -53,10 +53,10 @@ class Prompt:
     """The latents of a text."""
 
     data: dict[str, Any]
-    """As of `Analysis.prompt`."""
+    """As described in `Analysis.prompt`."""
 
     def __repr__(self) -> str:
-        lines = [f"{quoted(self.data['text'])}: {integer(self.data['n_active_latents'])} latents active, first of all"]
+        lines = [f"{quoted(self.data['text'])}: {integer(self.data['n_active_latents'])} latents active; the first:"]
         for one in self.data["latents"][:N_EXAMPLES]:
             lines.append(f"  {one['latent']}, mean layer {show(one['layer_mean'])}, fires on {_words(one)}")
         return "\n".join([*lines, "(.data has all)"])
@@ -85,7 +85,7 @@ def _words(of: Mapping[str, Any]) -> str:
 
 
 def _bars(layers: Sequence[int], shares: Sequence[float | None]) -> str:
-    """The share of its activation at each layer."""
+    """A bar chart of the share of its activation at each layer."""
     top, height = max([share or 0.0 for share in shares], default=0.0) or 1.0, 60
     bars = "".join(
         f'<rect x="{i * CELL}" y="{height - height * (share or 0.0) / top:.1f}" width="{CELL - 1}" '
@@ -97,7 +97,7 @@ def _bars(layers: Sequence[int], shares: Sequence[float | None]) -> str:
 
 
 def _strip(layers: Sequence[int], cells: Sequence[Sequence[float]]) -> str:
-    """The highest activation over the tokens, layer by layer."""
+    """A strip of its highest activation over the tokens, layer by layer."""
     best = dict.fromkeys(layers, 0.0)
     for _, layer, activation, *_ in cells:
         best[int(layer)] = max(best[int(layer)], activation)
@@ -117,7 +117,7 @@ def _svg(width: int, height: int, name: str, body: str) -> str:
 
 def _example(one: Mapping[str, Any]) -> str:
     top = max([token["activation"] for token in one["tokens"]], default=0.0) or 1.0
-    pieces: list[tuple[str, float, bool]] = []  # a token that only continues a character is shown as that one
+    pieces: list[tuple[str, float, bool]] = []  # one that only continues a character is merged with its beginning
     for i, token in enumerate(one["tokens"]):
         before = ("", 0.0, False) if token["text"] or not pieces else pieces.pop()
         activation, own = max(before[1], token["activation"]), before[2] or i == one["position"]

@@ -135,8 +135,8 @@ def test_latents_are_changed_and_the_model_goes_on(tab: PlantedTab) -> None:
     tab.open(f"{SENTENCE}&latent=7&layer=4")
     tab.run(
         """(await until(() => named("Ablate at all layers"))).click(); named("Ablate at layer 4").click();
-          named("Steer at layer 4").click(); find("#add").click(); await until(() =>
-          text("#outcome").includes("Continuation") && text("#change-status").startsWith("KL")); /* both are answered */"""
+          named("Steer at layer 4").click(); find("#add").click(); /* both are to be answered */ await until(() =>
+          text("#outcome").includes("Continuation") && text("#change-status").startsWith("KL"));"""
     )
     assert tab.state.endswith("changes=ablate:7:all ablate:7:4 steer:7:4:0.250 ablate:7:all")
     tab.run("""named("Remove change 4").click(); const input = (i, k) =>
