@@ -83,7 +83,7 @@ def _about_intervals(results: Results) -> str:
     if not isinstance(found, dict):
         return "No intervals were computed in this run."
     sizes = ", ".join(f"{integer(found.get(f'n_{name}'))} {name}" for name in ("groups", "documents", "replicates"))
-    return f"Small numbers: 95 % intervals, {found.get('method')} ({sizes})."
+    return f"In small print: 95 % intervals, {found.get('method')} ({sizes})."
 
 
 def _about_dashes(results: Results) -> str:
