@@ -52,18 +52,23 @@ find("measure").addEventListener("change", (event) => set({ measure: event.targe
 const COLUMNS = { fvu: "FVU", fvu_without_few: "FVU without outlier tokens", validation_fvu: "FVU, held-out text", delta_ce: "Delta cross-entropy, nats", kl: "KL, nats", l0: "L0", mean_norm: "Mean norm", active_latents: "Latents active" };
 
 /** FVU and cost to the model by layer, from summary.json. */
-export function drawLayers(about) {
-  const rows = about.layers, there = Object.keys(COLUMNS).filter((name) => rows.some((row) => Number.isFinite(row[name])));
+export function drawLayers({ layers: rows, downstream, n_tokens: analysed, warnings }) {
+  const isKnown = (name) => rows.some((row) => Number.isFinite(row[name])), known = Object.keys(COLUMNS).filter(isKnown);
   const worst = (name) => rows.reduce((a, b) => ((b[name] ?? -Infinity) > (a[name] ?? -Infinity) ? b : a));
-  const of = about.downstream, few = rows.some((row) => Number.isFinite(row.fvu_without_few));
-  const sample = of ? ` Delta cross-entropy and KL are over ${counted(of.n_tokens, `${of.tokens} token`)} of ${counted(of.n_documents, "document")}, with this layer alone replaced.` : "";
-  const all = of?.together?.groups?.find((one) => one.kind === "all"), own = Number.isFinite(of?.true_ce) ? `On those tokens the model's own cross-entropy is ${show(of.true_ce)} nats. ` : "";
-  const together = all ? `Replacing all ${all.n} layers at once by their reconstructions costs ${show(all.delta_ce)} nats a token, by their mean vectors ${show(all.mean_ablation_delta_ce)} (over ${counted(of.together.n_tokens, "token")}).` : "";
-  const words = there.includes("delta_ce") ? `Replacing layer ${worst("delta_ce").layer} by its reconstruction costs the model most: its cross-entropy rises by ${show(worst("delta_ce").delta_ce)} nats a token${of ? `, over ${counted(of.n_tokens, "token")} of ${counted(of.n_documents, "document")}` : ""}. ` : "What reconstructions cost the model was not computed (analyze --downstream-tokens). ";
-  const charts = ["fvu", "delta_ce"].filter((name) => there.includes(name)).map((name) => figure(`${COLUMNS[name]} (lower is better)`, name,
+  const tokens = downstream && counted(downstream.n_tokens, "token"), documents = downstream && counted(downstream.n_documents, "document");
+  const most = isKnown("delta_ce") ? `Replacing layer ${worst("delta_ce").layer} by its reconstruction costs the model most: its cross-entropy rises by ${show(worst("delta_ce").delta_ce)} nats a token${downstream ? `, over ${tokens} of ${documents}` : ""}. `
+    : "What reconstructions cost the model was not computed (analyze --downstream-tokens). ";
+  const own = Number.isFinite(downstream?.true_ce) ? `On those tokens the model's own cross-entropy is ${show(downstream.true_ce)} nats. ` : "";
+  const all = downstream?.together?.groups?.find(({ kind }) => kind === "all");
+  const together = all ? `Replacing all ${all.n} layers at once by their reconstructions costs ${show(all.delta_ce)} nats a token, by their mean vectors ${show(all.mean_ablation_delta_ce)} (over ${counted(downstream.together.n_tokens, "token")}).` : "";
+  const sample = downstream ? ` Delta cross-entropy and KL are over ${counted(downstream.n_tokens, `${downstream.tokens} token`)} of ${documents}, with this layer alone replaced.` : "";
+  const outliers = isKnown("fvu_without_few") ? " Outlier tokens: the few that carry much of a layer's variance." : "";
+  const charts = ["fvu", "delta_ce"].filter(isKnown).map((name) => figure(`${COLUMNS[name]} (lower is better)`, name,
     lines([{ name: COLUMNS[name], values: rows.map((row) => row[name] ?? null) }], rows.map((row) => row.layer), { label: `${COLUMNS[name]}; highest ${show(worst(name)[name])} at layer ${worst(name).layer}`, unit: COLUMNS[name], format: show }),
     () => [["layer", name], ...rows.map((row) => [row.layer, row[name]])]));
-  find("layers-found").replaceChildren(h("p", { class: "headline-small" }, `${words}FVU is highest at layer ${worst("fvu").layer}: ${show(worst("fvu").fvu)}.`), own + together ? h("p", {}, own + together) : "", ...about.warnings.map((one) => h("p", { class: "warning" }, one)), h("div", { class: "columns" }, charts),
-    figure("All layers", "layers", table(["Layer", ...there.map((name) => COLUMNS[name])], rows.map((row) => [String(row.layer), ...there.map((name) => show(row[name]))]), `FVU, L0 and mean norm are of the ${integer(about.n_tokens)} analysed tokens.${sample}${few ? " Outlier tokens: the few that carry much of a layer's variance." : ""}`),
-      () => [["layer", ...there], ...rows.map((row) => [row.layer, ...there.map((name) => row[name])])]));
+  const byLayer = table(["Layer", ...known.map((name) => COLUMNS[name])], rows.map((row) => [String(row.layer), ...known.map((name) => show(row[name]))]),
+    `FVU, L0 and mean norm are of the ${integer(analysed)} analysed tokens.${sample}${outliers}`);
+  find("layers-found").replaceChildren(h("p", { class: "headline-small" }, `${most}FVU is highest at layer ${worst("fvu").layer}: ${show(worst("fvu").fvu)}.`), own + together ? h("p", {}, own + together) : "",
+    ...warnings.map((warning) => h("p", { class: "warning" }, warning)), h("div", { class: "columns" }, charts),
+    figure("All layers", "layers", byLayer, () => [["layer", ...known], ...rows.map((row) => [row.layer, ...known.map((name) => row[name])])]));
 }
