@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import residscope
 from analysis.config import AnalyzeConfig
@@ -71,14 +72,8 @@ def explore(config: ExploreConfig) -> None:
     with _listening(config.port) as listening:
         address = f"http://127.0.0.1:{listening.getsockname()[1]}/?token={token}"
         print(f"Exploring {folder} at\n  {address}\nPress Ctrl-C to stop.", flush=True)
-        options = uvicorn.Config(
-            make_app(analysis, token),
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=1,
-            ws="none",
-            proxy_headers=False,
-        )
+        settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "ws": "none", "proxy_headers": False}
+        options = uvicorn.Config(make_app(analysis, token), timeout_graceful_shutdown=1, **settings)
         screen = sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
         if config.browser and screen:  # without one, a text browser would take over the terminal
             webbrowser.open(address)

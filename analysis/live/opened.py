@@ -247,10 +247,8 @@ class Analysis:
         columns = {
             "latent": best,
             "fires_on": [self._fires_on[latent] for latent in best],
-            "profile": table["profile"].to_list(),
-            "layer_mean": table["layer_mean"].to_list(),
+            **{name: table[name].to_list() for name in ("profile", "layer_mean", "count")},
             "share_of_tokens": [self._share_of_tokens(latent) for latent in best],
-            "count": table["count"].to_list(),
             "score": [scores[latent] for latent in best],
             "why": ["; ".join(one[latent][1] for one in found) for latent in best],
         }
@@ -332,15 +330,11 @@ class Analysis:
         """The tokens that it promotes and suppresses by the direct path, and whether its cosine is above chance."""
         rows = self._rows(files.LATENT_LOGITS, latent)
         above = bool(rows) and (rows[0]["unembedding_cosine"] or 0.0) > self._chance
-        ends = {"promotes": "promoted", "suppresses": "suppressed"}
-        return {"logits_above_chance": above} | {
-            name: [
-                {"token": token, "logit": logit}
-                for row in rows
-                for token, logit in zip(row[column], row[f"{column}_logits"], strict=True)
-            ]
-            for name, column in ends.items()
-        }
+        ends: dict[str, Any] = {"logits_above_chance": above}
+        for name, column in (("promotes", "promoted"), ("suppresses", "suppressed")):
+            pairs = [pair for row in rows for pair in zip(row[column], row[f"{column}_logits"], strict=True)]
+            ends[name] = [{"token": token, "logit": logit} for token, logit in pairs]
+        return ends
 
     @property
     def _chance(self) -> float:

@@ -90,17 +90,18 @@ def _fitting(live: list[_Latent], budget: int) -> tuple[list[str], Plan]:
     sample = groups[_SAMPLED // 2 :: _SAMPLED]
     words = [_packed("latent-words", [latent.words for latent in live])] if any(latent.words for latent in live) else []
     budget -= sum(map(len, words))
-    for plan in PLANS:
-        kept, last = round(plan.share * len(live)), plan is PLANS[-1]
-        contents = ([_content(latent, plan, kept) for latent in group] for group in sample)
-        size = sum(len(_packed("latent-block-0", content)) for content in contents)
-        if not last and size * len(groups) > 0.98 * budget * max(1, len(sample)):
-            continue
+
+    def pack(plan: Plan, groups: list[list[_Latent]]) -> list[str]:
+        kept = round(plan.share * len(live))
         contents = ([_content(latent, plan, kept) for latent in group] for group in groups)
-        blocks = [_packed(f"latent-block-{i}", content) for i, content in enumerate(contents)]
-        if last or sum(map(len, blocks)) <= budget:
-            return [*words, *blocks], plan
-    raise AssertionError("the last plan always returns")
+        return [_packed(f"latent-block-{i}", content) for i, content in enumerate(contents)]
+
+    for plan in PLANS[:-1]:
+        if sum(map(len, pack(plan, sample))) * len(groups) <= 0.98 * budget * max(1, len(sample)):
+            blocks = pack(plan, groups)
+            if sum(map(len, blocks)) <= budget:
+                return [*words, *blocks], plan
+    return [*words, *pack(PLANS[-1], groups)], PLANS[-1]
 
 
 def _packed(block_id: str, content: Any) -> str:

@@ -95,7 +95,7 @@ def _layer_profile(results: Results) -> "Figure | None":
     axes.set_xlabel(f"live latents, sorted by mean layer{each}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_ylabel(AFTER_BLOCK)
-    _set_layer_ticks(axes.yaxis, results)
+    axes.yaxis.set_ticks(*zip(*layer_ticks(results.layer_numbers), strict=True))
     bar = figure.colorbar(image, pad=0.015, aspect=24, extend="max", extendfrac=0.03)
     bar.set_ticks([tick for tick in SHARE_TICKS if tick <= heat.top], minor=False)
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -252,9 +252,5 @@ def _over_layers(results: Results, title: str, x_name: str, *panels: tuple[str, 
         axes.set_axisbelow(True)
     upper.set_title(fill(title, 70))
     lower.set_xlabel(x_name)
-    _set_layer_ticks(lower.xaxis, results)
+    lower.xaxis.set_ticks(*zip(*layer_ticks(results.layer_numbers), strict=True))
     return figure
-
-
-def _set_layer_ticks(axis: Any, results: Results) -> None:
-    axis.set_ticks(*zip(*layer_ticks(results.layer_numbers), strict=True))
