@@ -127,7 +127,7 @@ def test_the_largest_effects_on_a_prediction(tab: PlantedTab) -> None:
     }
     tab.run("""change("#sort", "mass"); await until(() => !text("#maps h3").includes("effects"));
       find("#maps .exports button").click();""")
-    assert tab.run('return find("#against-label").hidden;')
+    assert not tab.run('return find("#against-label").checkVisibility();')
     assert tab.saved("latents.csv").decode().splitlines()[0] == "latent,position,token,layer,activation"
 
 
