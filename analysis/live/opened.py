@@ -103,21 +103,21 @@ class Analysis:
         is not what was analysed."""
         with reading(f"{self.folder / files.CONFIG}: cannot be read", "give store and sae"):
             recorded = tomllib.loads((self.folder / files.CONFIG).read_text(encoding="utf-8"))
-        found = []
+        paths = []
         for name, given in zip(("store", "sae"), self._places, strict=True):
             before = as_path(str(recorded.get(name)))
             candidates = [given] if given else [before, self.folder / before.name, self.folder.parent / before.name]
-            there = next((one for one in candidates if one.exists()), None)
-            if there is None:
+            path = next((path for path in candidates if path.exists()), None)
+            if path is None:
                 where = " or ".join(map(str, candidates))
                 raise UsageError(f"{self.folder}: its {name} was not found at {where}; say where it is: {name}=...")
-            found.append(there)
-        inputs = open_inputs(*found)
+            paths.append(path)
+        inputs = open_inputs(*paths)
         if not has_analysis(self.folder, inputs):
-            what = f"not an analysis of {found[0]} and {found[1]} by this version"
+            what = f"not an analysis of {paths[0]} and {paths[1]} by this version"
             raise IncompatibleError(f"{self.folder}: {what}; give its own store and sae, or {_AGAIN}")
-        where = locate(inputs.store, self._model, self._lens, offline=self._model is None)
-        return LiveModel(inputs, where, usual_of(self.folder), self.stop)
+        model = locate(inputs.store, self._model, self._lens, offline=self._model is None)
+        return LiveModel(inputs, model, usual_of(self.folder), self.stop)
 
     def card(self, latent: int) -> dict[str, Any]:
         """All that is known of a latent, in plain values, None if undefined. `UsageError` for no such latent."""
@@ -157,9 +157,9 @@ class Analysis:
         `effect`, the sum at one layer in nats, and `effect_layer`, the layer where that is furthest from 0; those with
         the largest effects come first."""
         data = self.live.prompt(text, most, effects_after, effects_against)
-        for one in data["latents"]:
-            one["fires_on"] = self._fires_on[one["latent"]]
-            one["share_of_tokens"] = self._share_of_tokens(one["latent"])
+        for latent in data["latents"]:
+            latent["fires_on"] = self._fires_on[latent["latent"]]
+            latent["share_of_tokens"] = self._share_of_tokens(latent["latent"])
         return Prompt(data)
 
     def intervene(
@@ -213,35 +213,35 @@ class Analysis:
         in one and not in the other; scored by mass (needs the model). from_layer, to_layer: scored by the share of its
         mass there, at least `SHARE`. profile: the kind of its layer profile, as in the table. explained: words, or
         parts of them, all in one of its explanations by delphi, if those were read back."""
-        found: list[dict[int, tuple[float, str]]] = []
+        conditions: list[dict[int, tuple[float, str]]] = []  # by latent its score, and why
         if tokens:
             with reading("tokens should be a text or a list of texts", kind=UsageError):
                 wanted = tokens if isinstance(tokens, str) else ", ".join(tokens)
-            found.append({hit.latent: (hit.score, hit.why) for hit in search(self.contexts, wanted)})
+            conditions.append({hit.latent: (hit.score, hit.why) for hit in search(self.contexts, wanted)})
         if promotes:
-            found.append(self._promoting(promotes.strip().lower()))
+            conditions.append(self._promoting(promotes.strip().lower()))
         if on or off:
-            found.append(self._on_and_off(on, off))
+            conditions.append(self._on_and_off(on, off))
         numbers, live = np.array(self.layer_numbers), np.flatnonzero(self.latents["count"] > 0)
         if from_layer is not None or to_layer is not None:
             low = numbers[0] if from_layer is None else from_layer
             high = numbers[-1] if to_layer is None else to_layer
             there = (numbers >= low) & (numbers <= high)
             share = np.array(self.latents["probs"].to_list())[live][:, there].sum(axis=1)
-            words = f"of its activation at layers {low} to {high}"
+            why = f"of its activation at layers {low} to {high}"
             pairs = zip(live.tolist(), share.tolist(), strict=True)
-            found.append({i: (s, f"{100 * s:.0f} % {words}") for i, s in pairs if s >= SHARE})
+            conditions.append({latent: (part, f"{100 * part:.0f} % {why}") for latent, part in pairs if part >= SHARE})
         if profile:
             if profile not in (kinds := list(self.summary.get("profiles") or {})):
                 raise UsageError(f"profile should be one of {', '.join(kinds)}, found {profile!r}")
             same = live[self.latents["profile"].to_numpy()[live] == profile]
-            found.append(dict.fromkeys(same.tolist(), (1.0, f"profile: {profile}")))
+            conditions.append(dict.fromkeys(same.tolist(), (1.0, f"profile: {profile}")))
         if explained and explained.strip():
-            found.append(self._explained(explained.lower().split()))
-        if not found:
+            conditions.append(self._explained(explained.lower().split()))
+        if not conditions:
             return pd.DataFrame(columns=FOUND)
-        common = set(found[0]).intersection(*found[1:])
-        scores = {latent: float(np.prod([one[latent][0] for one in found])) for latent in common}
+        common = set(conditions[0]).intersection(*conditions[1:])
+        scores = {latent: float(np.prod([hits[latent][0] for hits in conditions])) for latent in common}
         best = sorted(common, key=lambda latent: (-scores[latent], latent))[:limit]
         table = self.latents.iloc[best]
         columns = {
@@ -250,15 +250,14 @@ class Analysis:
             **{name: table[name].to_list() for name in ("profile", "layer_mean", "count")},
             "share_of_tokens": [self._share_of_tokens(latent) for latent in best],
             "score": [scores[latent] for latent in best],
-            "why": ["; ".join(one[latent][1] for one in found) for latent in best],
+            "why": ["; ".join(hits[latent][1] for hits in conditions) for latent in best],
         }
         return pd.DataFrame(columns, columns=FOUND)
 
     def __repr__(self) -> str:
-        of = self.summary["provenance"]["store"].get("model") or "unnamed model"
-        return (
-            f"Analysis({str(self.folder)!r}: {of}, {self.summary['n_layers']} layers, {self._table.num_rows:,} latents)"
-        )
+        model = self.summary["provenance"]["store"].get("model") or "unnamed model"
+        size = f"{self.summary['n_layers']} layers, {self._table.num_rows:,} latents"
+        return f"Analysis({str(self.folder)!r}: {model}, {size})"
 
     def _explained(self, words: Sequence[str]) -> dict[int, tuple[float, str]]:
         if not (self.folder / files.EXPLANATIONS).is_file():
