@@ -3,6 +3,7 @@
 import { button, cut, h, svg } from "./core.js";
 
 const DASHES = ["", "7 4", "2 4", "10 3 2 3", "1 3", "14 4"];
+const MARKERS = ["M-4-4h8v8h-8z", "M0-5L5 4H-5z", "M0-5L5 0 0 5-5 0z", "M-4 0H4M0-4V4", "M-4-4L4 4M4-4L-4 4", "M-5-4H5L0 5z"];
 const LEVELS = 12;
 const room = () => (innerWidth < 600 ? 330 : 620);
 
@@ -65,7 +66,7 @@ export function heatMap(cells, rows, columns, { label, title = "", top: most, sa
 /** Lines over layers. series: {name, values}, told apart by dash, marker and a label at the highest point as well as by
     colour; a null value leaves a gap. */
 export function lines(series, layers, { label, unit, format, width = room(), height = 190 }) {
-  const top = Math.max(...series.flatMap((one) => one.values), 0) || 1, low = Math.min(...series.flatMap((one) => one.values), 0);
+  const top = Math.max(...series.flatMap(({ values }) => values), 0) || 1, low = Math.min(...series.flatMap(({ values }) => values), 0);
   const x = (i) => 44 + ((width - 60) * i) / Math.max(layers.length - 1, 1), y = (v) => 14 + (height - 48) * (1 - (v - low) / (top - low));
   const ticks = [...new Set([0, 1, 2, 3].map((i) => Math.round((i * (layers.length - 1)) / 3)))];
   return svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "lines", role: "img", "aria-label": `${label}; over layers ${layers[0]} to ${layers.at(-1)}` },
@@ -75,15 +76,11 @@ export function lines(series, layers, { label, unit, format, width = room(), hei
     series.map(({ name, values }, k) => {
       const d = values.map((v, i) => (v === null ? "" : `${i && values[i - 1] !== null ? "L" : "M"}${x(i).toFixed(1)} ${y(v).toFixed(1)}`)).join("");
       const peak = values.indexOf(Math.max(...values));
-      return [svg("path", { class: `curve c${k % 6}`, d, "stroke-dasharray": DASHES[k % 6] }), marker(k, x(peak), y(values[peak])),
+      return [svg("path", { class: `curve c${k % 6}`, d, "stroke-dasharray": DASHES[k % 6] }),
+        svg("path", { class: `dot c${k % 6}`, d: MARKERS[k % 6], transform: `translate(${x(peak).toFixed(1)} ${y(values[peak]).toFixed(1)})` }),
         series.length > 1 && svg("text", { class: "name", x: x(peak), y: y(values[peak]) - 6, "text-anchor": peak > layers.length * 0.8 ? "end" : "start" }, name),
         values.map((v, i) => v !== null && svg("circle", { class: "touch", cx: x(i), cy: y(v), r: 5 }, svg("title", {}, `${name}, layer ${layers[i]}: ${format(v)}`)))];
     }));
-}
-
-function marker(k, x, y) {
-  const shapes = ["M-4-4h8v8h-8z", "M0-5L5 4H-5z", "M0-5L5 0 0 5-5 0z", "M-4 0H4M0-4V4", "M-4-4L4 4M4-4L-4 4", "M-5-4H5L0 5z"];
-  return svg("path", { class: `dot c${k % 6}`, d: shapes[k % 6], transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})` });
 }
 
 /** Latents as lines, each run from a filled dot at its first layer to a ring at its last.
@@ -124,13 +121,13 @@ const PAINT = ["fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", 
 /** Drawings side by side in one SVG, under their title and legend, with their styles written into it so that it looks the
     same wherever it is opened. */
 function collage(drawings, title) {
-  const boxes = drawings.map((one) => one.viewBox.baseVal), across = drawings.length > 1 ? Math.min(4, drawings.length) : 1;
+  const boxes = drawings.map((drawing) => drawing.viewBox.baseVal), across = drawings.length > 1 ? Math.min(4, drawings.length) : 1;
   const [w, t] = [Math.max(...boxes.map((b) => b.width)) + 12, Math.max(...boxes.map((b) => b.height)) + 12];
   const { legend } = drawings[0].dataset, above = legend ? 40 : 24, words = Math.max(title.length * 7.4, (legend ?? "").length * 5.2) + 12;
   const size = [Math.max(w * across, words), t * Math.ceil(drawings.length / across) + above], { color, fontFamily } = getComputedStyle(document.body);
   const line = (y, px, text) => svg("text", { x: 6, y, fill: color, "font-size": px, "font-family": fontFamily }, text);
-  const copies = drawings.map((one, i) => {
-    const copy = one.cloneNode(true), from = [one, ...one.querySelectorAll("*")];
+  const copies = drawings.map((drawing, i) => {
+    const copy = drawing.cloneNode(true), from = [drawing, ...drawing.querySelectorAll("*")];
     [copy, ...copy.querySelectorAll("*")].forEach((part, k) => {
       const seen = getComputedStyle(from[k]);
       for (const name of PAINT) part.setAttribute(name, seen.getPropertyValue(name));

@@ -171,8 +171,8 @@ function span(words) {
 
 /** The rows in which changes are edited. */
 function editor() {
-  const write = (list) => set({ changes: list.map((one) => [one.kind, one.latent, [one.layers].flat().join("."), ...(one.kind === "steer" ? [one.coefficient ?? 1] : [])].join(":")).join(" ") });
-  const list = changes(), edit = (i, key, value) => write(list.map((one, k) => (k === i ? { ...one, [key]: value } : one)));
+  const write = (list) => set({ changes: list.map((item) => [item.kind, item.latent, [item.layers].flat().join("."), ...(item.kind === "steer" ? [item.coefficient ?? 1] : [])].join(":")).join(" ") });
+  const list = changes(), edit = (i, key, value) => write(list.map((item, k) => (k === i ? { ...item, [key]: value } : item)));
   const layersOf = (text) => (text.trim() === "all" ? "all" : /^\s*\d+(\s*[-\u2013]\s*\d+|[\s,;]+\d+)*\s*$/.test(text) ? text.match(/\d+(\s*[-\u2013]\s*\d+)?/g).flatMap(span) : null);
   const put = (i, key, value, wanted, text) => {
     if (wrong) say(find("change-status"), "");
@@ -182,11 +182,11 @@ function editor() {
   };
   // After the focus has moved on, because the fields are rebuilt.
   const later = (act) => (event) => setTimeout(act, 0, event.target.value);
-  fill(find("changes"), ...list.map((one, i) => h("fieldset", {}, h("legend", { class: "soft" }, `Change ${i + 1}`),
-    h("select", { "aria-label": "Kind", onchange: later((value) => edit(i, "kind", value)) }, ["ablate", "steer"].map((kind) => h("option", { selected: kind === one.kind }, kind))),
-    h("label", {}, "latent ", h("input", { type: "number", min: 0, value: one.latent, onchange: later((text) => put(i, "latent", /^\d+$/.test(text) ? Number(text) : null, "latent should be a whole number", text)) })),
-    h("span", { class: "soft", "data-latent": one.latent }), h("label", {}, "layers ", h("input", { value: [one.layers].flat().join(" "), placeholder: "all, or 3 4 5", onchange: later((text) => put(i, "layers", layersOf(text), "layers should be all, or numbers such as 3 4 5 or 3-5", text)) })),
-    one.kind === "steer" && h("label", {}, "add activation ", h("input", { type: "number", step: "any", value: one.coefficient, onchange: later((text) => put(i, "coefficient", number(text), "the activation to add should be a number", text)) })),
+  fill(find("changes"), ...list.map((item, i) => h("fieldset", {}, h("legend", { class: "soft" }, `Change ${i + 1}`),
+    h("select", { "aria-label": "Kind", onchange: later((value) => edit(i, "kind", value)) }, ["ablate", "steer"].map((kind) => h("option", { selected: kind === item.kind }, kind))),
+    h("label", {}, "latent ", h("input", { type: "number", min: 0, value: item.latent, onchange: later((text) => put(i, "latent", /^\d+$/.test(text) ? Number(text) : null, "latent should be a whole number", text)) })),
+    h("span", { class: "soft", "data-latent": item.latent }), h("label", {}, "layers ", h("input", { value: [item.layers].flat().join(" "), placeholder: "all, or 3 4 5", onchange: later((text) => put(i, "layers", layersOf(text), "layers should be all, or numbers such as 3 4 5 or 3-5", text)) })),
+    item.kind === "steer" && h("label", {}, "add activation ", h("input", { type: "number", step: "any", value: item.coefficient, onchange: later((text) => put(i, "coefficient", number(text), "the activation to add should be a number", text)) })),
     button("Remove", () => write(list.filter((_, k) => k !== i)), { "aria-label": `Remove change ${i + 1}` }))));
   find("run").disabled = !list.length;
   wrong = "";
@@ -204,9 +204,9 @@ function nameLatents() {
 
 function outcome(found, asked) {
   const list = (name, tokens) => h("div", {}, h("h4", {}, name), h("ol", { class: "next" }, tokens.map(({ token, p }) => h("li", {}, h("i", { style: { width: `${(8 * p).toFixed(2)}rem` } }), h("code", {}, visible(token)), ` ${percent(p)}`))));
-  const moved = (sign, tokens) => tokens.map((one) => [`${sign} `, h("code", {}, visible(one.token)), ` ${percent(one.p_true)} \u2192 ${percent(one.p_changed)}  `]);
+  const moved = (sign, tokens) => tokens.map(({ token, p_true, p_changed }) => [`${sign} `, h("code", {}, visible(token)), ` ${percent(p_true)} \u2192 ${percent(p_changed)}  `]);
   const said = (name, text) => h("div", {}, h("h4", {}, name), h("p", { class: "text" }, h("span", { class: "soft" }, asked.text.slice(-60)), h("b", {}, text)));
-  const words = asked.changes.map((one) => `${one.kind} ${one.latent} at ${one.layers === "all" ? "all layers" : `layer${one.layers.length > 1 ? "s" : ""} ${one.layers.join(", ")}`}${one.kind === "steer" ? ` by ${one.coefficient}` : ""}`);
+  const words = asked.changes.map(({ kind, latent, layers, coefficient }) => `${kind} ${latent} at ${layers === "all" ? "all layers" : `layer${layers.length > 1 ? "s" : ""} ${layers.join(", ")}`}${kind === "steer" ? ` by ${coefficient}` : ""}`);
   return [h("h3", {}, words.join(", ")), ...found.notes.map((note) => h("p", { class: "note" }, note)), found.kl_last > MUCH && h("p", { class: "warning" }, `A KL divergence above ${MUCH} nats: little of the model's own prediction is left. A smaller change tells more.`),
     h("div", { class: "columns narrow" }, list("Next token, before", found.next_true), list("Next token, after", found.next_changed)),
     h("p", {}, h("span", { class: "soft" }, "Probability rose most: "), moved("\u25b2", found.increased)), h("p", {}, h("span", { class: "soft" }, "fell most: "), moved("\u25bc", found.decreased)),

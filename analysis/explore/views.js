@@ -7,11 +7,11 @@ import { code, counted, find, h, latest, link, number, pins, set, state, table, 
 const FIRST = 50; // as many as the server sends
 const FIELDS = ["tokens", "promotes", "on", "off", "from_layer", "to_layer", "profile", "explained"];
 const search = latest("search", find("search-status"), (found) => {
-  const rows = found.map((one) => [link(String(one.latent), { latent: one.latent, layer: "" }), code(one.fires_on), one.profile ?? "\u2013", show(one.layer_mean), [percent(one.share_of_tokens), " ", denseMark(one.share_of_tokens)], one.why]);
+  const rows = found.map((hit) => [link(String(hit.latent), { latent: hit.latent, layer: "" }), code(hit.fires_on), hit.profile ?? "\u2013", show(hit.layer_mean), [percent(hit.share_of_tokens), " ", denseMark(hit.share_of_tokens)], hit.why]);
   const names = ["latent", "fires_on", "profile", "layer_mean", "share_of_tokens", "count", "score", "why"];
   find("search-found").classList.remove("outdated");
   find("search-found").replaceChildren(rows.length ? figure("Latents found, the most specific first", "search",
-    table(["Latent", "Fires on", "Profile", "Mean layer", "Tokens it fires at", "Why"], rows, "Choose a number to see its card."), () => [names, ...found.map((one) => names.map((name) => one[name]))]) : "");
+    table(["Latent", "Fires on", "Profile", "Mean layer", "Tokens it fires at", "Why"], rows, "Choose a number to see its card."), () => [names, ...found.map((hit) => names.map((name) => hit[name]))]) : "");
   return rows.length ? `${counted(rows.length, "latent")}${rows.length === FIRST ? ", the best matches; there may be more" : ""}.` : "No live latent meets all conditions.";
 });
 
@@ -39,7 +39,7 @@ watch(["pins", "view", "measure"], async () => {
   find("measure").value = state.measure;
   find("to-compare").textContent = `Compare (${pins().length})`;
   if (state.view !== "compare") return;
-  const asked = state.pins, cards = (await Promise.allSettled(pins().map(cardOf))).filter((one) => one.value).map((one) => one.value);
+  const asked = state.pins, cards = (await Promise.allSettled(pins().map(cardOf))).filter(({ value }) => value).map(({ value }) => value);
   if (asked !== state.pins) return;
   if (!cards.length) return find("compared").replaceChildren(h("p", {}, "Nothing is pinned: open a latent's card and choose Pin."));
   const [title, format] = MEASURES[state.measure], { layers } = cards[0];
