@@ -48,7 +48,7 @@ MOST_BYTES = 64 * 1024
 """Bytes in the body of a request."""
 
 MOST_WAITING = 16
-"""Requests that may be unanswered at a time in a queue; the next is refused."""
+"""Unanswered requests that a queue may hold; one more is refused."""
 
 LOOK = 0.2
 """Seconds between checks whether the browser still waits for an answer."""

@@ -153,7 +153,7 @@ class Analysis:
         fires on, and the share of the analysed tokens at which it fires (0 to 1).
 
         effects_after: a position in the text. Each cell then ends with its effect on the log probability of the token
-        that is likeliest after it, or on that minus the one of `effects_against` (as in `attribute`). Each latent has
+        that is likeliest after it, minus that of `effects_against` if given (as in `attribute`). Each latent has
         `effect`, the sum at one layer in nats, and `effect_layer`, the layer where that is furthest from 0; those with
         the largest effects come first."""
         data = self.live.prompt(text, most, effects_after, effects_against)

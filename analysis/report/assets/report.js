@@ -240,10 +240,9 @@ async function latentTable(block) {
     order.textContent = state.down ? "\u2193 highest first" : "\u2191 lowest first";
     status.textContent = state.rows.length === n ? `${integer(n)} live latents` : `${integer(state.rows.length)} of ${integer(n)} live latents`;
     if (state.asked && state.key === "match" && state.down) status.textContent += ", the most specific first";
-    if (n && !state.rows.length) status.textContent = state.asked && within.value === "promoted" ? "No latent whose direction is above chance promotes that token."
-      : state.asked
-      ? "No latent has it among its strongest contexts, the only ones on this page; some latents may fire on it more weakly."
-      : "No live latent matches: it is dead on these tokens or filtered out.";
+    if (n && !state.rows.length) status.textContent = !state.asked ? "No live latent matches: it is dead on these tokens or filtered out."
+      : within.value === "promoted" ? "No latent whose direction is above chance promotes that token."
+      : "No latent has it among its strongest contexts, the only ones on this page; some latents may fire on it more weakly.";
     const last = Math.max(0, Math.ceil(state.rows.length / PAGE) - 1);
     pages.querySelector("span").textContent = shown.length ? `${integer(from + 1)} to ${integer(from + shown.length)} of ${integer(state.rows.length)}` : "";
     for (const button of pages.querySelectorAll("button")) {

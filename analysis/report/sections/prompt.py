@@ -12,11 +12,8 @@ from analysis.report.data import Results
 from analysis.report.markup import Section, fill, integer, pack_arrays, percent, show, table
 from residscope.escape import printable
 
-MOST_DRAWN = 256
-"""Latents of a prompt whose activations are in the page: the most specific. prompt.parquet has all."""
-
 N_ROWS = 12
-"""Latents in the table."""
+"""Latents in the table of a prompt."""
 
 LINK = '<a href="#latent-{0:d}">{0:d}</a>'  # to a latent's row in the table
 INTRODUCTION = """<p>Texts given with --prompt, seen through the autoencoder. Activations are in units of the
@@ -36,9 +33,8 @@ def section(results: Results) -> Section:
 
 
 def _numbers(rows: Mapping[str, np.ndarray], layers: Sequence[int], i: int, prompt: Mapping[str, Any]) -> str:
-    """A prompt's activations as a data block; latents by rank, layers by their index in `layers`."""
-    drawn = prompt["latents"][:MOST_DRAWN]
-    numbers = np.array([one["latent"] for one in drawn], np.int64)
+    """Activations of the latents that prompt.json lists, as a data block: latents by rank, layers by index."""
+    numbers = np.array([latent["latent"] for latent in prompt["latents"]], np.int64)
     chosen = (rows["prompt"] == i) & np.isin(rows["latent"], numbers)
     order = np.argsort(numbers)
     rank = order[np.searchsorted(numbers[order], rows["latent"][chosen])] if len(numbers) else np.empty(0)
@@ -52,8 +48,8 @@ def _numbers(rows: Mapping[str, np.ndarray], layers: Sequence[int], i: int, prom
         f"prompt-data-{i}",
         arrays,
         layers=layers,
-        tokens=[one["token"] for one in prompt["tokens"]],
-        latents=[[one["latent"], round(one["layer_mean"], 3)] for one in drawn],
+        tokens=[token["token"] for token in prompt["tokens"]],
+        latents=[[latent["latent"], round(latent["layer_mean"], 3)] for latent in prompt["latents"]],
         colours=VIRIDIS,
     )
 
@@ -63,14 +59,14 @@ def _prompt(i: int, prompt: Mapping[str, Any]) -> str:
         f'<span class="{"token" if token["kept"] else "token out"}">{escape(_visible(token["token"]))}</span>'
         for token in prompt["tokens"]
     )
-    drawn, silent = prompt["latents"], ", ".join(map(str, prompt["silent"]))
-    fewer = f" The maps show the {len(drawn)} most specific to it." if prompt["n_active_latents"] > len(drawn) else ""
+    n, silent = len(prompt["latents"]), ", ".join(map(str, prompt["silent"]))
+    fewer = f" The maps show the {n} most specific to it." if prompt["n_active_latents"] > n else ""
     return fill(
         "prompt.html",
         i=str(i),
         text=escape(prompt["text"]),
         tokens=tokens,
-        likely=", ".join(f"{_token(one['token'], one['token_id'])} {percent(one['p_true'])}" for one in prompt["next"]),
+        likely=", ".join(f"{_token(t['token'], t['token_id'])} {percent(t['p_true'])}" for t in prompt["next"]),
         n_latents=integer(prompt["n_active_latents"]),
         fewer=fewer,
         latents=_latents(prompt),
@@ -82,27 +78,27 @@ def _prompt(i: int, prompt: Mapping[str, Any]) -> str:
 def _latents(prompt: Mapping[str, Any]) -> str:
     head = ("Latent", "Specificity", "Mass", "Mean layer", "Highest activation", "Strongest at layer", "At token")
     names, rows = ("specificity", "mass", "layer_mean", "peak"), []
-    for one in prompt["latents"][:N_ROWS]:
-        where = (str(one["peak_layer"]), _token(token_at(prompt, one["peak_position"])))
-        rows.append((LINK.format(one["latent"]), *(show(one.get(name)) for name in names), *where))
+    for latent in prompt["latents"][:N_ROWS]:
+        where = (str(latent["peak_layer"]), _token(token_at(prompt, latent["peak_position"])))
+        rows.append((LINK.format(latent["latent"]), *(show(latent.get(name)) for name in names), *where))
     return table(head, rows)
 
 
 def _effects(prompt: Mapping[str, Any]) -> str:
     kl = ("KL at the last token, nats", "KL, mean over tokens, nats")
     rows = []
-    for one in prompt["interventions"]:
-        numbers = (show(one["kl_last"]), show(one["kl_mean"]))
-        name = escape(name_of(one)).replace(f"latent {one['latent']}", f"latent {LINK.format(one['latent'])}")
-        rows.append((name, *numbers, _changes(one["increased"]), _changes(one["decreased"])))
+    for change in prompt["interventions"]:
+        numbers = (show(change["kl_last"]), show(change["kl_mean"]))
+        name = escape(name_of(change)).replace(f"latent {change['latent']}", f"latent {LINK.format(change['latent'])}")
+        rows.append((name, *numbers, _changes(change["increased"]), _changes(change["decreased"])))
     return table(("Change, at all kept or the given positions", *kl, "Rises most", "Falls most"), rows, "effects")
 
 
-def _changes(found: Sequence[Mapping[str, Any]]) -> str:
+def _changes(tokens: Sequence[Mapping[str, Any]]) -> str:
     return "".join(
-        f"<div>{_token(one['token'], one['token_id'])} {percent(one['p_true'])} → {percent(one['p_changed'])}"
-        f" <small>logit {'+' if one['logit_change'] >= 0 else ''}{show(one['logit_change'], 2)}</small></div>"
-        for one in found[:5]
+        f"<div>{_token(token['token'], token['token_id'])} {percent(token['p_true'])} → {percent(token['p_changed'])}"
+        f" <small>logit {'+' if token['logit_change'] >= 0 else ''}{show(token['logit_change'], 2)}</small></div>"
+        for token in tokens[:5]
     )
 
 
