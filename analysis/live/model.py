@@ -150,7 +150,7 @@ class LiveModel:
         check_interventions(interventions, self.prompted.sae.config.n_latents, self.layers)
         if not 0 <= n_tokens <= MOST_NEW_TOKENS:
             raise UsageError(f"continue_tokens should be 0 to {MOST_NEW_TOKENS}, found {n_tokens}")
-        placed, view = [one.at(self.layers) for one in interventions], self._read(text)
+        placed, view = [change.at(self.layers) for change in interventions], self._read(text)
         check_positions(interventions, text, view.tokens)
         limit, n = longest_context(self.prompted.model.causal_lm.config), len(view.tokens.ids)
         if limit is not None and n + n_tokens > limit:
@@ -162,12 +162,12 @@ class LiveModel:
         true, changed = ("".join(self.tokenizer.texts(ids)) for ids in continued)
         next_true = plain_tokens(view.run.next_tokens, self.tokenizer, "p")
         found, silent = view.activations, []
-        for one in placed:
-            on = (found.latent == one.latent) & np.isin(found.layer, one.layers or ())
-            on &= one.positions is None or np.isin(found.position, one.positions)
-            if one.kind == "ablate" and not on.any():
-                where = "layers" if one.positions is None else "layers and positions"
-                silent.append(f"Latent {one.latent} is not on at any of these {where} in this text.")
+        for change in placed:
+            on = (found.latent == change.latent) & np.isin(found.layer, change.layers or ())
+            on &= change.positions is None or np.isin(found.position, change.positions)
+            if change.kind == "ablate" and not on.any():
+                where = "layers" if change.positions is None else "layers and positions"
+                silent.append(f"Latent {change.latent} is not on at any of these {where} in this text.")
         return {**effect, "notes": silent, "next_true": next_true, "text_true": true, "text_changed": changed}
 
 
@@ -189,7 +189,7 @@ def steer(
     one that its store went through."""
     blocks = find_blocks(model, n_layers_of(model.config))
     every = layers or sae.config.layers or range(len(blocks))
-    interventions = [intervention_of(one).at(every) for one in changes]
+    interventions = [intervention_of(change).at(every) for change in changes]
     check_interventions(interventions, sae.config.n_latents, every)
     prompted = PromptedModel(model, sae.to(next(blocks.parameters()).device), lens, "float32")
     with changing(prompted, blocks, interventions):
@@ -205,7 +205,7 @@ def intervention_of(change: Mapping[str, Any]) -> Intervention:
     if (
         kind not in ("ablate", "steer")
         or change.keys() - {"kind", "latent", "layers", "coefficient", "positions"}
-        or not all(isinstance(one, Integral) and not isinstance(one, bool) for one in numbers)
+        or not all(isinstance(number, Integral) and not isinstance(number, bool) for number in numbers)
         or not (layers == "all" or chosen)
         or not (positions is None or places)
         or not all(0 < place < 2**31 for place in places)

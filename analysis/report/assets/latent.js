@@ -82,7 +82,7 @@ function histogram(place, rows, layers, edges, colours) {
   place.replaceChildren(element("h4", "", "Activations by layer"), map, said);
   const columns = Array.from({ length: n }, (_, bin) => show(edges[first + bin]).replace(/\.?0+$/, ""));
   heatMap(map, counts, layers, columns, ramp(colours), {
-    name: "tokens by layer and activation", log: true, unit: "tokens (log scale); columns: activation from, in standardised units",
+    name: "tokens by layer and activation", log: true, unit: "tokens (log scale); columns: activation (lower edge), standardised units",
     say: (r, c, count) => { said.textContent = `layer ${layers[r]}, activation ${show(edges[first + c])} to ${show(edges[first + c + 1])}: ${integer(count)} token${count === 1 ? "" : "s"}`; },
   });
 }

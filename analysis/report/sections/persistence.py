@@ -22,7 +22,7 @@ MEANS = (
 
 INTRODUCTION = """<p>At one token, a latent switches on at its onset, the first layer at which it is active, and is last
 active at its offset. If it stays on in between, its longest run of layers goes from onset to offset, and its contiguity
-is 1. Each (token, latent) pair counts by its activation mass, or each pair counts once.</p>"""
+is 1. Each (token, latent) pair is weighted by its activation mass, or all pairs equally.</p>"""
 
 
 def section(results: Results) -> Section:
