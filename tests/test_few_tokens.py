@@ -83,4 +83,4 @@ def test_fvu_without_tokens_that_carry_much_of_the_variance(tmp_path: Path, caps
     words = capsys.readouterr().out
     assert f"Without the few tokens of the warning: FVU {fvu.mean():.3g}." in words
     assert "FVU without few tokens" in words
-    assert "FVU without few tokens" in section(load_results(out)).body
+    assert "FVU without outlier tokens" in section(load_results(out)).body

@@ -1,4 +1,4 @@
-// The page: loads its parts, says what is explored, shows one view at a time.
+// The page: loads its parts, says what it is about, shows one view at a time.
 
 import { ask, find, h, KNOWN, read, say, set, state, watch } from "./core.js";
 import "./card.js";
@@ -25,7 +25,7 @@ try {
   read(true);
   say(find("model"), "The model is loading, or busy with another text \u2026");
   const { missing } = await ask("model");
-  say(find("model"), missing ? `No sentence can be looked at: ${missing}` : "", Boolean(missing));
+  say(find("model"), missing ? `Sentences cannot be run: ${missing}` : "", Boolean(missing));
 } catch (error) {
   say(find("model"), error.message, true);
 }

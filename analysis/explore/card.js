@@ -8,10 +8,10 @@ export const DENSE = 0.1; // share of the tokens
 const PROFILES = { persistent: "its mass is spread over two thirds of the layers or more", bimodal: "its mass is in two groups of layers",
   early: "its mean layer is in the first third", middle: "its mean layer is in the middle third", late: "its mean layer is in the last third" };
 
-/** A mark for a latent that is on at so many tokens that being on says little. */
+/** A mark for a latent that is on at so many tokens that this says little. */
 export const denseMark = (share) => share > DENSE && h("small", { class: "dense", title: `fires at ${percent(share)} of the analysed tokens` }, "dense");
 
-/** A latent's data, asked for once. */
+/** A latent's data, requested only once. */
 export function cardOf(latent) {
   if (!known.has(latent)) {
     known.set(latent, ask("card", { latent }).then((answer) => answer.found));
@@ -20,14 +20,14 @@ export function cardOf(latent) {
   return known.get(latent);
 }
 
-/** A button that pins a latent to the comparison, or takes it away. */
+/** A button that pins a latent for comparison, or unpins it. */
 export function pinButton(latent) {
-  const pinned = pins().includes(latent), rest = pins().filter((one) => one !== latent);
+  const pinned = pins().includes(latent), rest = pins().filter((other) => other !== latent);
   return button(pinned ? "Unpin" : "Pin", () => set({ pins: pinned ? rest : [...rest, latent] }),
     { "aria-pressed": String(pinned), "aria-label": `${pinned ? "Unpin" : "Pin"} latent ${latent}` });
 }
 
-/** One more change for the interventions, in the words of the state; `now`: it is made at once. */
+/** Add a change, as the address writes it, to the list; `now`: and run it. */
 function change(words, now) {
   set({ view: "sentence", changes: [state.changes, words].filter(Boolean).join(" ") });
   find("changes").scrollIntoView({ block: "center" });
@@ -36,32 +36,37 @@ function change(words, now) {
 
 /** The card as elements. */
 export function cardBody(card) {
-  const { latent, layers } = card, layer = layers.includes(number(state.layer)) ? state.layer : "", share = card.n_tokens / card.of_tokens, facts = {
+  const { latent, layers } = card, share = card.n_tokens / card.of_tokens, highest = (values) => values.indexOf(Math.max(...values));
+  if (!card.count) return [h("p", {}, "It never fired on the analysed tokens.")];
+  const layer = layers.includes(number(state.layer)) ? number(state.layer) : null, steered = layer === null ? highest(card.probs) : layers.indexOf(layer);
+  const facts = {
     Profile: card.profile ?? "\u2013", "Mean layer": show(card.layer_mean), "Spread (standard deviation), layers": show(card.layer_std),
     Firings: integer(card.count), "Tokens it fires at": `${integer(card.n_tokens)}, ${percent(share)}`,
-    "Mean number of layers it is on at, per such token": (card.count / card.n_tokens).toFixed(1), "Layers at which it was ever on": `${card.n_layers_active} of ${layers.length}`,
+    "Mean number of layers it is on at, per such token": (card.count / card.n_tokens).toFixed(1), "Layers at which it ever fired": `${card.n_layers_active} of ${layers.length}`,
   };
-  if (!card.count) return [h("p", {}, "It never fired on the analysed tokens.")];
+  const chart = (name, title, format) => {
+    const values = card[name], top = format(Math.max(...values));
+    const drawing = bars(values, layers, { top, say: (i) => `layer ${layers[i]}: ${format(values[i])}`,
+      label: `${title}, latent ${latent}, layers ${layers[0]} to ${layers.at(-1)}; highest ${top} at layer ${layers[highest(values)]}` });
+    return figure(title, `latent-${latent}-${name}`, drawing, () => [["layer", name], ...layers.map((at, i) => [at, values[i]])]);
+  };
   const read = h("p", { class: "readout", role: "status" }, "Point at a cell, or use the arrow keys.");
-  const chosen = layer === "" ? -1 : layers.indexOf(Number(layer)), at = chosen < 0 ? card.probs.indexOf(Math.max(...card.probs)) : chosen;
-  const chart = (name, title, format) => figure(title, `latent-${latent}-${name}`, bars(card[name], layers, {
-    label: `${title}, latent ${latent}, layers ${layers[0]} to ${layers.at(-1)}; highest ${format(Math.max(...card[name]))} at layer ${layers[card[name].indexOf(Math.max(...card[name]))]}`,
-    say: (i) => `layer ${layers[i]}: ${format(card[name][i])}`, top: format(Math.max(...card[name])),
-  }), () => [["layer", name], ...layers.map((one, i) => [one, card[name][i]])]);
+  const histogramRows = () => [["layer", "activation_from", "activation_to", "tokens"],
+    ...card.histogram.rows.flatMap(([at, first, ...counts]) => counts.map((n, i) => [at, card.histogram.edges[first + i], card.histogram.edges[first + i + 1], n]))];
   return [
     h("p", {}, h("b", {}, "Fires on "), card.fires_on.length ? code(card.fires_on) : "nothing in particular"),
-    card.explanations.map((one) => h("p", { class: "explained" }, h("b", {}, `Explained, ${one.where} `), one.explanation ?? "-", " ", h("small", {}, one.said))),
+    card.explanations.map(({ where, explanation, said }) => h("p", { class: "explained" }, h("b", {}, `Explained, ${where} `), explanation ?? "-", " ", h("small", {}, said))),
     h("p", { class: "actions" }, pinButton(latent), button("Ablate at all layers", () => change(`ablate:${latent}:all`, true)),
-      layer !== "" && button(`Ablate at layer ${layer}`, () => change(`ablate:${latent}:${layer}`, true)), button(`Steer at layer ${layers[at]}\u2026`, () => change(`steer:${latent}:${layers[at]}:${(card.means[at] || 1).toPrecision(3)}`))),
-    share > DENSE && h("p", { class: "warning" }, `Dense: it fires at ${percent(share)} of the analysed tokens, so its being on says little about a token, unless what it stands for is just as common.`),
+      layer !== null && button(`Ablate at layer ${layer}`, () => change(`ablate:${latent}:${layer}`, true)),
+      button(`Steer at layer ${layers[steered]}\u2026`, () => change(`steer:${latent}:${layers[steered]}:${(card.means[steered] || 1).toPrecision(3)}`))),
+    share > DENSE && h("p", { class: "warning" }, `Dense: it fires at ${percent(share)} of the analysed tokens, so that it is on says little about a token, unless what it represents is just as common.`),
     h("dl", {}, Object.entries(facts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
     card.profile && h("p", { class: "note" }, `${card.profile}: ${PROFILES[card.profile]}.`),
     chart("probs", "Share of its activation mass", percent), h("h3", {}, "Most active at"), examples(card.examples, card),
     card.random_examples.length > 0 && [h("h3", {}, "Active at, drawn at random"), examples(card.random_examples, card)],
     chart("counts", "Tokens at which it fired", integer), chart("means", "Mean activation where it fired", show),
-    card.histogram && figure("Activations by layer", `latent-${latent}-histogram`, histogram(card, read), () => [["layer", "activation_from", "activation_to", "tokens"],
-      ...card.histogram.rows.flatMap(([one, first, ...counts]) => counts.map((n, i) => [one, card.histogram.edges[first + i], card.histogram.edges[first + i + 1], n]))], read),
-    card.promotes?.length > 0 && !card.logits_above_chance ? h("p", { class: "note" }, "What it promotes is chance: the cosines with tokens are no higher than those of random directions.")
+    card.histogram && figure("Activations by layer", `latent-${latent}-histogram`, histogram(card, read), histogramRows, read),
+    card.promotes?.length > 0 && !card.logits_above_chance ? h("p", { class: "note" }, "Promoted tokens are not shown: their cosines are no higher than those of random directions.")
       : [words("Promotes", card.promotes), words("Suppresses", card.suppresses)],
     card.neighbours?.length > 0 && h("p", {}, h("b", {}, "Neighbours "), "(cosine of decoder rows) ",
       card.neighbours.map(({ latent: other, cosine }) => [link(String(other), { latent: other, layer: "" }), ` ${cosine.toFixed(2)}  `])),
@@ -69,18 +74,18 @@ export function cardBody(card) {
 }
 
 function words(name, tokens) {
-  return tokens?.length ? h("p", {}, h("b", {}, `${name} `), code(tokens.map((one) => one.token))) : null;
+  return tokens?.length ? h("p", {}, h("b", {}, `${name} `), code(tokens.map(({ token }) => token))) : null;
 }
 
-/** Examples, each token marked by its activation; the layers at which it is one of them stand before. */
+/** Examples: the layers at which each is one, then its tokens, marked by their activation. */
 function examples(found, card) {
   if (!found.length) return h("p", {}, "No examples were kept.");
-  const top = Math.max(...card.examples.map((one) => one.activation));
+  const top = Math.max(...card.examples.map((example) => example.activation));
   const marked = ({ text, activation }, own) => (activation || own ? h(own ? "mark" : "i", { title: `activation ${show(activation)}`,
     class: activation > 0.55 * top ? "hot" : null, style: { background: `rgb(230 159 0 / ${(activation / top).toFixed(2)})` } }, visible(text)) : visible(text));
-  return h("ol", { class: "examples" }, found.map((one) => h("li", {},
-    h("span", { class: "soft" }, `${show(one.activation)} at layer ${one.layer}${one.layers.length > 1 ? `, also ${one.layers.filter((l) => l !== one.layer).join(" ")}` : ""}`),
-    h("p", { class: "text" }, one.tokens.map((token, i) => marked(token, i === one.position))))));
+  return h("ol", { class: "examples" }, found.map(({ activation, layer, layers, tokens, position }) => h("li", {},
+    h("span", { class: "soft" }, `${show(activation)} at layer ${layer}${layers.length > 1 ? `, also ${layers.filter((other) => other !== layer).join(" ")}` : ""}`),
+    h("p", { class: "text" }, tokens.map((token, i) => marked(token, i === position))))));
 }
 
 function histogram({ histogram: { edges, rows }, layers, latent }, read) {

@@ -3,11 +3,12 @@
 import { button, cut, h, svg } from "./core.js";
 
 const DASHES = ["", "7 4", "2 4", "10 3 2 3", "1 3", "14 4"];
+const MARKERS = ["M-4-4h8v8h-8z", "M0-5L5 4H-5z", "M0-5L5 0 0 5-5 0z", "M-4 0H4M0-4V4", "M-4-4L4 4M4-4L-4 4", "M-5-4H5L0 5z"];
 const LEVELS = 12;
 const room = () => (innerWidth < 600 ? 330 : 620);
 
-/** A picture under its title with what it says to a reader, and its exports. rows: its numbers, the first row their
-    names. `drawing` is an SVG, or several, which are put into one file. */
+/** A picture under its title, which states the finding, with buttons to save it. rows: returns its numbers, after a row of
+    their names. `drawing` is an SVG, or several, which are saved as one. */
 export function figure(title, name, drawing, rows, ...below) {
   const drawings = [drawing].flat(), exports = { CSV: () => save(csv(rows()), "text/csv", `${name}.csv`) };
   if (drawings[0]?.viewBox) {
@@ -20,8 +21,8 @@ export function figure(title, name, drawing, rows, ...below) {
 }
 
 /** A map of cells [column, row, value] (row 0 at the bottom), each coloured by its share of the highest. `say(column,
-    row, value)` gives the words for a cell, `pick(column, row)` is called where one is chosen. `rows` and `columns` name
-    them; `chosen`: [column, row], either may be -1; `top` gives the words for the highest value. */
+    row, value)` returns a cell's text, `pick(column, row)` is called when one is chosen. `rows` and `columns`: their
+    labels; `chosen`: [column, row], either may be -1; `top` returns the label of the highest value. */
 export function heatMap(cells, rows, columns, { label, title = "", top: most, say, pick, read, chosen = [-1, -1], height = 90, width = 220 }) {
   const top = Math.max(...cells.map((cell) => cell[2]), 0), left = 24, above = title ? 16 : 2;
   const size = [(width - left) / columns.length, height / rows.length];
@@ -35,7 +36,7 @@ export function heatMap(cells, rows, columns, { label, title = "", top: most, sa
   const named = [0, rows.length - 1].map((r) => svg("text", { class: "tick", x: left - 4, y: above + (rows.length - r - 0.5) * size[1] + 4, "text-anchor": "end" }, String(rows[r])));
   const marks = [chosen[0] >= 0 && box(chosen[0], 0, 1, rows.length), chosen[1] >= 0 && box(0, chosen[1], columns.length)].filter(Boolean);
   const under = columns.length > 16 ? [] : columns.map((name, c) => name && svg("text", { class: "tick under", x: left + (c + 0.5) * size[0], y: height + above + 9, "text-anchor": "middle" }, String(name).slice(0, size[0] / 4.6)));
-  const map = svg("svg", { viewBox: `0 0 ${width} ${height + above + (under.length ? 12 : 2)}`, class: "heat", role: "img", "data-legend": "Rows: layers, the first at the bottom. The darker, the nearer to the map's own highest value.", tabindex: 0, "aria-label": `${label}. Arrow keys read its cells, Enter chooses one.` },
+  const map = svg("svg", { viewBox: `0 0 ${width} ${height + above + (under.length ? 12 : 2)}`, class: "heat", role: "img", "data-legend": "Rows: layers, the first at the bottom. Darker cells are nearer to the map's own highest value.", tabindex: 0, "aria-label": `${label}. Arrow keys read its cells, Enter chooses one.` },
     title && svg("text", { class: "name", x: left, y: 11 }, title), most && svg("text", { class: "tick", x: width, y: 11, "text-anchor": "end" }, most(top)), svg("path", { class: "field", d: box(0, 0, columns.length, rows.length) }),
     paths.map((d, i) => d && svg("path", { class: "hot", d, "fill-opacity": ((i + 1) / LEVELS).toFixed(2) })), named,
     marks.map((d) => svg("path", { class: "mark", d })), cursor, under);
@@ -62,10 +63,10 @@ export function heatMap(cells, rows, columns, { label, title = "", top: most, sa
   return map;
 }
 
-/** Lines over layers. series: {name, values}, told apart by dash, marker and a name at their highest point as well as by
-    colour; values that are null leave a gap. */
+/** Lines over layers. series: {name, values}, told apart by dash, marker and a label at the highest point as well as by
+    colour; a null value leaves a gap. */
 export function lines(series, layers, { label, unit, format, width = room(), height = 190 }) {
-  const top = Math.max(...series.flatMap((one) => one.values), 0) || 1, low = Math.min(...series.flatMap((one) => one.values), 0);
+  const top = Math.max(...series.flatMap(({ values }) => values), 0) || 1, low = Math.min(...series.flatMap(({ values }) => values), 0);
   const x = (i) => 44 + ((width - 60) * i) / Math.max(layers.length - 1, 1), y = (v) => 14 + (height - 48) * (1 - (v - low) / (top - low));
   const ticks = [...new Set([0, 1, 2, 3].map((i) => Math.round((i * (layers.length - 1)) / 3)))];
   return svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "lines", role: "img", "aria-label": `${label}; over layers ${layers[0]} to ${layers.at(-1)}` },
@@ -75,23 +76,19 @@ export function lines(series, layers, { label, unit, format, width = room(), hei
     series.map(({ name, values }, k) => {
       const d = values.map((v, i) => (v === null ? "" : `${i && values[i - 1] !== null ? "L" : "M"}${x(i).toFixed(1)} ${y(v).toFixed(1)}`)).join("");
       const peak = values.indexOf(Math.max(...values));
-      return [svg("path", { class: `curve c${k % 6}`, d, "stroke-dasharray": DASHES[k % 6] }), marker(k, x(peak), y(values[peak])),
+      return [svg("path", { class: `curve c${k % 6}`, d, "stroke-dasharray": DASHES[k % 6] }),
+        svg("path", { class: `dot c${k % 6}`, d: MARKERS[k % 6], transform: `translate(${x(peak).toFixed(1)} ${y(values[peak]).toFixed(1)})` }),
         series.length > 1 && svg("text", { class: "name", x: x(peak), y: y(values[peak]) - 6, "text-anchor": peak > layers.length * 0.8 ? "end" : "start" }, name),
         values.map((v, i) => v !== null && svg("circle", { class: "touch", cx: x(i), cy: y(v), r: 5 }, svg("title", {}, `${name}, layer ${layers[i]}: ${format(v)}`)))];
     }));
 }
 
-function marker(k, x, y) {
-  const shapes = ["M-4-4h8v8h-8z", "M0-5L5 4H-5z", "M0-5L5 0 0 5-5 0z", "M-4 0H4M0-4V4", "M-4-4L4 4M4-4L-4 4", "M-5-4H5L0 5z"];
-  return svg("path", { class: `dot c${k % 6}`, d: shapes[k % 6], transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})` });
-}
-
-/** Latents as lines from the layer where they switch on (a filled dot) to where they are on for the last time (a ring).
-    rows: {name, on: Map of the layer's place to activation, chosen, pick}. */
+/** Latents as lines, each run from a filled dot at its first layer to a ring at its last.
+    rows: {name, words, on: Map from a layer's index to the activation, chosen, pick}. */
 export function switches(rows, layers, { label, width = room(), left = width / 3 }) {
   const high = 20, x = (i) => left + ((width - left - 74) * i) / Math.max(layers.length - 1, 1), height = rows.length * high + 34;
   const every = Math.ceil(layers.length / 10);
-  return svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "lines", role: "group", "aria-label": label, "data-legend": "Dot: first layer of a run. Ring: its last. The line is as thick as the activation is high, for each latent by itself. Right: its highest activation." },
+  return svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "lines", role: "group", "aria-label": label, "data-legend": "Dot: first layer of a run. Ring: its last. Line width: activation, scaled for each latent. Right: its highest activation." },
     layers.map((layer, i) => i % every === 0 && [svg("path", { class: "grid", d: `M${x(i)} 4V${height - 30}` }), svg("text", { class: "tick", x: x(i), y: height - 18, "text-anchor": "middle" }, String(layer))]),
     svg("text", { class: "tick", x: (left + width - 74) / 2, y: height - 3, "text-anchor": "middle" }, "layer (after block)"),
     rows.map(({ name, words, on, chosen, pick }, k) => {
@@ -109,7 +106,7 @@ export function switches(rows, layers, { label, width = room(), left = width / 3
     }));
 }
 
-/** Values as bars side by side, each with its words. names: layers; top: the highest value in words. */
+/** Values as bars side by side, each with a tooltip. names: layers; top: label of the highest value. */
 export function bars(values, names, { label, say, top: words, width = 300, height = 102 }) {
   const top = Math.max(...values, 0) || 1, peak = values.indexOf(Math.max(...values)), step = (width - 8) / values.length, ticks = [0, Math.floor((names.length - 1) / 2), names.length - 1];
   return svg("svg", { viewBox: `0 0 ${width} ${height + 16}`, class: "bars", role: "img", "aria-label": label },
@@ -121,16 +118,16 @@ export function bars(values, names, { label, say, top: words, width = 300, heigh
 
 const PAINT = ["fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", "fill-opacity", "font-size", "font-family", "font-weight"];
 
-/** Drawings side by side in one SVG under their title and what their marks mean, that looks as it does here wherever it is
-    opened. */
+/** Drawings side by side in one SVG, under their title and legend, with their styles written into it so that it looks the
+    same wherever it is opened. */
 function collage(drawings, title) {
-  const boxes = drawings.map((one) => one.viewBox.baseVal), across = drawings.length > 1 ? Math.min(4, drawings.length) : 1;
+  const boxes = drawings.map((drawing) => drawing.viewBox.baseVal), across = drawings.length > 1 ? Math.min(4, drawings.length) : 1;
   const [w, t] = [Math.max(...boxes.map((b) => b.width)) + 12, Math.max(...boxes.map((b) => b.height)) + 12];
   const { legend } = drawings[0].dataset, above = legend ? 40 : 24, words = Math.max(title.length * 7.4, (legend ?? "").length * 5.2) + 12;
   const size = [Math.max(w * across, words), t * Math.ceil(drawings.length / across) + above], { color, fontFamily } = getComputedStyle(document.body);
   const line = (y, px, text) => svg("text", { x: 6, y, fill: color, "font-size": px, "font-family": fontFamily }, text);
-  const copies = drawings.map((one, i) => {
-    const copy = one.cloneNode(true), from = [one, ...one.querySelectorAll("*")];
+  const copies = drawings.map((drawing, i) => {
+    const copy = drawing.cloneNode(true), from = [drawing, ...drawing.querySelectorAll("*")];
     [copy, ...copy.querySelectorAll("*")].forEach((part, k) => {
       const seen = getComputedStyle(from[k]);
       for (const name of PAINT) part.setAttribute(name, seen.getPropertyValue(name));

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import residscope
 from analysis.config import AnalyzeConfig
@@ -19,8 +20,8 @@ from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from residscope.options import parse_options
 from residscope.reading import read_json, reading
 
-DESCRIPTION = """Open a page in the browser, served to this machine alone, over a finished analysis and its model:
-type text, see its latents over layers and tokens, take them out, search them, compare them.
+DESCRIPTION = """Explore a finished analysis and its model on a page in the browser, served to this machine only:
+type text, see its latents over layers and tokens, ablate, steer, search and compare them.
 
   residscope explore --store acts.zarr --sae ckpt.pt
 """
@@ -28,21 +29,21 @@ type text, see its latents over layers and tokens, take them out, search them, c
 
 @dataclass(frozen=True, kw_only=True)
 class ExploreConfig:
-    """An analysis to look at."""
+    """An analysis to explore."""
 
     store: Path
     """Folder of the activation store, as for `analyze`."""
     sae: Path
     """The autoencoder, as for `analyze`."""
     out: Path | None = None
-    """Folder of the analysis. By default CHECKPOINT.analysis beside the checkpoint, as for `analyze`, else the
-    checkpoint's own folder where there is one of it."""
+    """Folder of the analysis. By default CHECKPOINT.analysis beside the checkpoint, as for `analyze`; else the
+    checkpoint's own folder, if it holds an analysis of this checkpoint."""
     model: str | None = None
     """Where the store's model is, as for `analyze`."""
     port: int = 0
-    """Port on 127.0.0.1; 0 for one that is free."""
+    """Port on 127.0.0.1; 0 for any free one."""
     browser: bool = True
-    """Open the page in the default browser, where there is a screen."""
+    """Open the page in the default browser, if there is a screen."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
@@ -53,10 +54,10 @@ def explore(config: ExploreConfig) -> None:
     """Serve the page until Ctrl-C."""
     folder = AnalyzeConfig(store=config.store, sae=config.sae, out=config.out).out_dir
     if config.out is None and not (folder / SUMMARY).is_file() and _is_of(config.sae.parent, config.sae):
-        folder = config.sae.parent  # as the demo leaves them
+        folder = config.sae.parent  # where the demo puts it
     if not (folder / SUMMARY).is_file():
         way_out = f"run `analyze --store {config.store} --sae {config.sae}` first, or name its folder with --out"
-        raise UsageError(f"{folder}: no analysis is there; {way_out}")
+        raise UsageError(f"{folder} holds no analysis; {way_out}")
     try:
         import uvicorn
 
@@ -70,25 +71,19 @@ def explore(config: ExploreConfig) -> None:
     token = secrets.token_urlsafe(18)
     with _listening(config.port) as listening:
         address = f"http://127.0.0.1:{listening.getsockname()[1]}/?token={token}"
-        print(f"Explore {folder} at\n  {address}\nCtrl-C ends it.", flush=True)
-        options = uvicorn.Config(
-            make_app(analysis, token),
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=1,
-            ws="none",
-            proxy_headers=False,
-        )
+        print(f"Exploring {folder} at\n  {address}\nPress Ctrl-C to stop.", flush=True)
+        settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "ws": "none", "proxy_headers": False}
+        options = uvicorn.Config(make_app(analysis, token), timeout_graceful_shutdown=1, **settings)
         screen = sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
-        if config.browser and screen:  # one that runs in the terminal would take it over
+        if config.browser and screen:  # without one, a text browser would take over the terminal
             webbrowser.open(address)
-        with suppress(KeyboardInterrupt):  # how it is meant to end, where SIGINT is not ignored from the start
+        with suppress(KeyboardInterrupt):  # the usual way to stop, unless SIGINT was ignored from the start
             asyncio.run(uvicorn.Server(options).serve(sockets=[listening]))
-        print("\nEnded.", file=sys.stderr)
+        print("\nStopped.", file=sys.stderr)
 
 
 def _is_of(folder: Path, sae: Path) -> bool:
-    """Whether the analysis in a folder, if there is one, says that it is of a checkpoint of this name."""
+    """Whether the folder holds an analysis of a checkpoint with this name."""
     with suppress(OSError, IncompatibleError), reading(folder / SUMMARY):
         return read_json(folder / SUMMARY)["provenance"]["sae"]["name"] == sae.name
     return False

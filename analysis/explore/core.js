@@ -1,12 +1,12 @@
-// What all parts of the page share: its state, kept in the address; requests; elements; words. Uses show, integer,
+// What all parts of the page share: its state, which the address holds; requests; elements; text. Uses show, integer,
 // percent and signs of report.js.
 
-/** Everything that a view depends on, as text; an address holds what differs from this. */
+/** All that a view depends on, as text, with its defaults; an address holds only what differs from them. */
 const DEFAULTS = {
   view: "sentence", text: "", latent: "", layer: "", token: "", sort: "layer_mean", against: "", shown: "24", pins: "", measure: "probs",
   changes: "", continued: "16", tokens: "", promotes: "", on: "", off: "", from_layer: "", to_layer: "", profile: "", explained: "",
 };
-/** The values that keys of the state may have, where not every text is one. */
+/** The allowed values of those keys that do not take any text. */
 export const KNOWN = {
   view: ["sentence", "search", "compare", "layers"], sort: ["layer_mean", "mass", "specificity", "effect"],
   shown: ["12", "24", "48", "96"], measure: ["probs", "counts", "means"],
@@ -14,7 +14,7 @@ export const KNOWN = {
 export const state = { ...DEFAULTS };
 const watchers = [];
 
-/** Call `react` whenever one of the keys of the state has changed. */
+/** Call `react` whenever one of these keys of the state has changed. */
 export function watch(keys, react) { watchers.push([keys, react]); }
 
 /** The address of the page with some of its state changed. */
@@ -29,7 +29,7 @@ function arrive(next, first) {
   for (const [keys, react] of watchers) if (keys.some((key) => changed.includes(key))) react();
 }
 
-/** Change the state: a new entry of the browser's history, or `quiet`, in place of the present one. Whether it changed. */
+/** Change the state, as a new entry of the browser's history or, if `quiet`, in place of the present one. Returns whether it changed. */
 export function set(changes, quiet = false) {
   const next = { ...state, ...Object.fromEntries(Object.entries(changes).map(([key, value]) => [key, String(value)])) };
   if (Object.keys(DEFAULTS).every((key) => state[key] === next[key])) return false;
@@ -38,7 +38,7 @@ export function set(changes, quiet = false) {
   return true;
 }
 
-/** Take the state from the address; `first`: as if all of it were new. */
+/** Take the state from the address; `first`: react as if all of it were new. */
 export function read(first = false) {
   const given = [...new URLSearchParams(location.hash.slice(1))].filter(([key, value]) => key in DEFAULTS && (KNOWN[key]?.includes(value) ?? true));
   arrive({ ...DEFAULTS, ...Object.fromEntries(given) }, first);
@@ -50,7 +50,7 @@ export const number = (text) => (text === "" ? null : Number(text));
 
 const LONG = 2000; // ms
 
-/** The answer of /api/NAME, with `body` as a POST; an Error of one line where there is none. */
+/** The answer of /api/NAME, to a POST if there is a `body`; throws an Error of one line if there is none. */
 export async function ask(name, body, signal) {
   const headers = { "X-Token": new URLSearchParams(location.search).get("token") ?? "", "Content-Type": "application/json" };
   const request = body ? { method: "POST", headers, body: JSON.stringify(body), signal } : { headers };
@@ -62,15 +62,14 @@ export async function ask(name, body, signal) {
   return answer;
 }
 
-/** A function that asks with a body, one request at a time: of those that wait the newest is sent, and an answer is shown
-    only if no newer one has been. A request that takes long can be stopped by hand, and is stopped by a newer one.
-    `status`: the element that says what goes on. */
+/** A function that sends a body to /api/NAME, one request at a time; of the bodies that wait, only the newest is sent. A
+    slow request can be stopped with a button, and is stopped by a newer one. `status`: the element that reports progress. */
 export function latest(name, status, show) {
   let n = 0, running = null, next = null, wanted = true;
   return async (body) => {
     wanted = Boolean(body);
     next = body && { ...body, n: ++n };
-    if (running && next) say(status, "Waiting for the answer before \u2026");
+    if (running && next) say(status, "Waiting for the previous answer \u2026");
     if (running && (!next || performance.now() - running.began > LONG)) running.stop();
     if (running) return;
     while (next) {
@@ -81,7 +80,7 @@ export function latest(name, status, show) {
       const offer = button("Stop", stop), timers = [setTimeout(() => status.after(offer), LONG / 2), setTimeout(() => next && stop(), LONG)];
       try {
         const answer = await ask(name, mine, abort.signal);
-        if (answer.n !== mine.n) throw new Error("an answer came to another question");
+        if (answer.n !== mine.n) throw new Error("the server answered another request");
         const words = show(answer.found, mine);
         if (!next && wanted && words !== null) say(status, `${words} ${((performance.now() - began) / 1000).toFixed(2)} s.`);
       } catch (error) {
@@ -113,7 +112,7 @@ const maker = (create) => (name, props = {}, ...children) => {
 export const h = maker((name) => document.createElement(name));
 export const svg = maker((name) => document.createElementNS("http://www.w3.org/2000/svg", name));
 
-/** New content for a place; what had the focus there has it again, and its text is selected, as when one tabs to it. */
+/** Give a place new content; the control that had the focus has it again, with its text selected, as after the Tab key. */
 export function fill(place, ...content) {
   const parts = () => [...place.querySelectorAll("button, a, input, select, [tabindex]")], at = parts().indexOf(document.activeElement);
   place.replaceChildren(...content);
@@ -125,7 +124,7 @@ export function fill(place, ...content) {
 export const find = (id) => document.getElementById(id);
 export const button = (words, onclick, props = {}) => h("button", { type: "button", onclick, ...props }, words);
 
-/** A link to the page with some of its state changed; a plain click changes it here. */
+/** A link to the page with some of its state changed; a plain click changes the state without loading. */
 export function link(words, changes, props = {}) {
   const onclick = (event) => {
     if (event.ctrlKey || event.metaKey || event.shiftKey) return;
@@ -135,7 +134,7 @@ export function link(words, changes, props = {}) {
   return h("a", { href: address(changes), onclick, ...props }, words);
 }
 
-/** Text with what cannot be seen made visible, spaces by themselves too. */
+/** Text with invisible characters made visible, also spaces if there is nothing else. */
 export const visible = (text) => signs(text.trim() ? text : text.replaceAll(" ", "\u00b7").replaceAll("\u00a0", "\u237d") || "\u00b7");
 export const quoted = (text) => `\u201c${visible(text)}\u201d`;
 export const counted = (n, word) => `${integer(n)} ${word}${n === 1 ? "" : "s"}`;

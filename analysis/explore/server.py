@@ -1,18 +1,18 @@
 """The server of `residscope explore`: a page's files, and an analysis as JSON, for browsers on this machine only.
 
-What it answers is what the methods of `residscope.open`'s analysis return, and nothing else: numbers are made
-there. Every answer of the API needs the token of the page's address in a header, which no page of another site knows
-or may send, and a Host that names this machine, so that no other name can be made to point here (DNS rebinding). The
-page may load nothing but this server's files, and runs no script that is not one of them.
+It answers with what the methods of `residscope.open`'s analysis return, and computes no numbers itself. The API
+requires the token of the page's address in a header, which no page of another site knows or may send, and a Host that
+names this machine, so that no other name can be made to point here (DNS rebinding). The page may load only this
+server's files, and run only its scripts.
 
     GET  /?token=T                    the page
-    GET  /assets/NAME                 its scripts and styles; they hold nothing of the analysis
+    GET  /assets/NAME                 its scripts and styles, which reveal nothing of the analysis
     GET  /api/about, /api/model       what is explored; why no model can be run, once that is known
     POST /api/{card,search,prompt,intervene}    a JSON object of the method's arguments, and "n", a number that
                                       comes back with the answer
 
-Errors are {"error": one line, "n": ...}. Requests that run the model take turns, in the order in which they came, as
-do those that only read tables: `Turns`.
+Errors are {"error": one line, "n": ...}. Requests that run the model are served one at a time, in order of arrival; so
+are, in a queue of their own, those that only read tables (`Turns`).
 """
 
 import asyncio
@@ -45,22 +45,22 @@ HEADERS = {
 HOSTS = ("127.0.0.1", "localhost")
 
 MOST_BYTES = 64 * 1024
-"""Of a request's body."""
+"""Bytes in the body of a request."""
 
 MOST_WAITING = 16
-"""Requests that may wait for their turn; the next is refused."""
+"""Unanswered requests that a queue may hold; one more is refused."""
 
 LOOK = 0.2
-"""Seconds between looks at whether the browser still waits for an answer."""
+"""Seconds between checks whether the browser still waits for an answer."""
 
 MOST_LATENTS = 100_000
-"""Latents of a text that are sent, the most specific to it: all, but for very large dictionaries."""
+"""Latents of a text that are sent, the most specific first: all of them, unless the dictionary is very large."""
 
 MOST = {"text": 4_000, "changes": 16, "continue_tokens": 64, "limit": 500}
-"""Characters of a text, changes of the residual stream at once, tokens that a text is continued by, latents found."""
+"""Limits: characters of a text, changes of the residual stream at once, tokens of a continuation, latents found."""
 
 SHOWN = ("provenance", "n_tokens", "n_layers", "n_latents", "layers", "profiles", "warnings", "downstream")
-"""Of summary.json, what the page says at first; not `transformer`, whose reason may name folders of this machine."""
+"""Keys of summary.json that the page gets; not `transformer`, whose reason may name folders of this machine."""
 
 KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("latent", "continue_tokens", "limit", "effects_after"), int),
@@ -78,7 +78,7 @@ REQUIRED = {"latent", "text", "changes"}
 
 
 class Refused(Exception):
-    """A request that is not answered: HTTP status and one line."""
+    """A refused request: HTTP status and one line."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -86,19 +86,19 @@ class Refused(Exception):
 
 
 class Turns:
-    """One request at a time, in the order in which they came; few may wait."""
+    """Serves one request at a time, in order of arrival; only a few may wait."""
 
     def __init__(self, stop: Event) -> None:
-        """stop: what ends the work of a request soon."""
+        """stop: set to end the work in progress soon."""
         self._lock, self._stop = asyncio.Lock(), stop
         self.waiting = 0
-        """Requests that have come and are not answered."""
+        """Requests not answered yet, including the one in progress."""
 
     async def take(self, request: Request | None, work: Callable[[], Any]) -> Any:
-        """What `work` returns, in a thread. Not begun if the browser has gone by the time that its turn comes, and
-        stopped if it goes."""
+        """Run `work` in a thread when its turn comes, and return what it returns. It is not begun if the browser has
+        gone by then, and stopped if it goes later."""
         if self.waiting >= MOST_WAITING:
-            raise Refused(429, f"{self.waiting} requests wait already; try again when they are answered")
+            raise Refused(429, f"{self.waiting} requests are waiting already; try again when they are answered")
         self.waiting += 1
         try:
             async with self._lock:
@@ -110,7 +110,7 @@ class Turns:
                     while not (await asyncio.wait({running}, timeout=LOOK))[0]:
                         if request is not None and await request.is_disconnected():
                             self._stop.set()
-                except asyncio.CancelledError:  # the server ends
+                except asyncio.CancelledError:  # the server is stopping
                     self._stop.set()
                     raise
                 return running.result()
@@ -119,7 +119,7 @@ class Turns:
 
 
 class Guard:
-    """Lets in requests to this machine by those who know the token, and puts the headers on every answer."""
+    """Lets in only requests to this machine that have the token, and adds the headers to every answer."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app, self._token = app, token
@@ -135,10 +135,9 @@ class Guard:
         await (refusal or self._app)(scope, receive, with_headers)
 
     def _refusal(self, request: Request, path: str) -> Response | None:
-        """path: as it was asked for; that of `request.url` is made with the Host header, which may say anything."""
-        if not re.fullmatch(
-            rf"({'|'.join(map(re.escape, HOSTS))})(:\d{{1,5}})?", host := request.headers.get("host", "")
-        ):
+        """path: as requested; `request.url` is no guide, as it is built from the Host header, which may be anything."""
+        host = request.headers.get("host", "")
+        if not re.fullmatch(rf"({'|'.join(map(re.escape, HOSTS))})(:\d{{1,5}})?", host):
             return _error(403, f"this server answers to {' and '.join(HOSTS)} only, not to {host[:80]!r}")
         given = (request.query_params.get("token") if path == "/" else request.headers.get("x-token")) or ""
         if path.startswith("/assets/") or secrets.compare_digest(given.encode(), self._token.encode()):
@@ -147,14 +146,14 @@ class Guard:
 
 
 def make_app(analysis: Any, token: str) -> Starlette:
-    """The server's application over an `Analysis`, which loads its model once the server runs."""
+    """The server's application over an `Analysis`, whose model is loaded once the server runs."""
     tables, live = Turns(Event()), Turns(analysis.stop)
 
     @asynccontextmanager
     async def warm(_: Starlette) -> AsyncIterator[None]:
         async def load() -> None:
             await live.take(None, lambda: _missing(analysis))
-            with suppress(ResidscopeError):  # which a search then says
+            with suppress(ResidscopeError):  # a search will report it
                 await run_in_threadpool(lambda: getattr(analysis, "contexts", None))
 
         loading = asyncio.create_task(load())
@@ -184,7 +183,7 @@ def make_app(analysis: Any, token: str) -> Starlette:
         Route("/api/model", model),
         Route("/api/{name}", call, methods=["POST"]),
     ]
-    kinds = (Refused, ResidscopeError, ClientDisconnect, Exception)  # the last is raised again, for the terminal
+    kinds = (Refused, ResidscopeError, ClientDisconnect, Exception)  # Exception is raised again, for the terminal
     app = Starlette(routes=routes, lifespan=warm, exception_handlers=dict.fromkeys(kinds, _failed))
     app.add_middleware(Guard, token=token)
     return app
@@ -200,7 +199,7 @@ def _call(analysis: Any, name: str, given: dict[str, Any]) -> Any:
 
 
 def _missing(analysis: Any) -> str | None:
-    """Load the model; why there is none, or None."""
+    """Load the model; returns why there is none, or None."""
     try:
         analysis.live  # noqa: B018
     except ResidscopeError as error:
@@ -213,9 +212,9 @@ async def _body(request: Request) -> dict[str, Any]:
     async for part in request.stream():
         data += part
         if len(data) > MOST_BYTES:
-            raise Refused(413, f"a request may have {MOST_BYTES:,} bytes")
+            raise Refused(413, f"a request may have at most {MOST_BYTES:,} bytes")
     try:
-        body = json.loads(data, parse_constant=_no_number)
+        body = json.loads(data, parse_constant=int)  # which refuses NaN and Infinity
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
@@ -223,12 +222,8 @@ async def _body(request: Request) -> dict[str, Any]:
     return body
 
 
-def _no_number(word: str) -> None:
-    raise ValueError(f"{word} is not JSON")
-
-
 def _checked(name: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a request, those that are null or empty left out."""
+    """The arguments of a request, without those that are null or empty."""
     given = {key: value for key, value in body.items() if value not in (None, "")}
     if unknown := sorted(given.keys() - set(ARGUMENTS[name])):
         raise Refused(400, f"/api/{name} takes {', '.join(ARGUMENTS[name])}, found {unknown[0][:40]!r}")
@@ -236,26 +231,26 @@ def _checked(name: str, body: dict[str, Any]) -> dict[str, Any]:
         raise Refused(400, f"/api/{name} needs {missing[0]}")
     for key, value in given.items():
         if not isinstance(value, KINDS[key]) or isinstance(value, bool):
-            raise Refused(400, f"{key} has a value of another type than it should, {type(value).__name__}")
+            raise Refused(400, f"{key} has a value of the wrong type, {type(value).__name__}")
         size: float = value if isinstance(value, (int, float)) else len(value)
         most: float = MOST["text"] if isinstance(value, str) else MOST.get(key) or 2**31
         if not 0 <= size <= most:  # NaN too
             what = key if isinstance(value, int | float) else f"the length of {key}"
             raise Refused(400, f"{what} should be from 0 to {most:,}, found {size:,}")
     if not all(isinstance(change, dict) for change in given.get("changes", [])):
-        raise Refused(400, "changes should be a list of objects; the analysis says of what kind")
+        raise Refused(400, "changes should be a list of objects, one for each change")
     return given
 
 
 async def _failed(request: Request, error: Exception) -> Response:
     n = getattr(request.state, "n", None)
     if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # nobody will read it
     if isinstance(error, Refused | ResidscopeError):
         return _error(error.status if isinstance(error, Refused) else 400, str(error), n)
     if is_out_of_memory(error):
         return _error(500, f"not enough memory ({said(error)}); give a shorter text", n)
-    return _error(500, f"a fault of this program, whose traceback is at its terminal: {said(error)}", n)
+    return _error(500, f"a bug in this program (the traceback is in its terminal): {said(error)}", n)
 
 
 def _json(content: Any, status: int = 200) -> Response:

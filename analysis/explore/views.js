@@ -4,15 +4,15 @@ import { cardBody, cardOf, denseMark } from "./card.js";
 import { figure, lines } from "./charts.js";
 import { code, counted, find, h, latest, link, number, pins, set, state, table, watch } from "./core.js";
 
-const FIRST = 50; // that the server sends
+const FIRST = 50; // as many as the server sends
 const FIELDS = ["tokens", "promotes", "on", "off", "from_layer", "to_layer", "profile", "explained"];
 const search = latest("search", find("search-status"), (found) => {
-  const rows = found.map((one) => [link(String(one.latent), { latent: one.latent, layer: "" }), code(one.fires_on), one.profile ?? "\u2013", show(one.layer_mean), [percent(one.share_of_tokens), " ", denseMark(one.share_of_tokens)], one.why]);
+  const rows = found.map((hit) => [link(String(hit.latent), { latent: hit.latent, layer: "" }), code(hit.fires_on), hit.profile ?? "\u2013", show(hit.layer_mean), [percent(hit.share_of_tokens), " ", denseMark(hit.share_of_tokens)], hit.why]);
   const names = ["latent", "fires_on", "profile", "layer_mean", "share_of_tokens", "count", "score", "why"];
   find("search-found").classList.remove("outdated");
   find("search-found").replaceChildren(rows.length ? figure("Latents found, the most specific first", "search",
-    table(["Latent", "Fires on", "Profile", "Mean layer", "Tokens it fires at", "Why"], rows, "Choose a number to see its card."), () => [names, ...found.map((one) => names.map((name) => one[name]))]) : "");
-  return rows.length ? `${counted(rows.length, "latent")}${rows.length === FIRST ? ", the first that fit; there may be more" : ""}.` : "No live latent fits all of this.";
+    table(["Latent", "Fires on", "Profile", "Mean layer", "Tokens it fires at", "Why"], rows, "Choose a number to see its card."), () => [names, ...found.map((hit) => names.map((name) => hit[name]))]) : "");
+  return rows.length ? `${counted(rows.length, "latent")}${rows.length === FIRST ? ", the best matches; there may be more" : ""}.` : "No live latent meets all conditions.";
 });
 
 find("search-form").addEventListener("submit", (event) => {
@@ -20,7 +20,7 @@ find("search-form").addEventListener("submit", (event) => {
   last = null;
   if (!set(Object.fromEntries(FIELDS.map((name) => [name, find(`search-${name}`).value])))) asked();
 });
-let last = null; // what was asked for, so that a view that is come back to does not ask again
+let last = null; // the last request, so that returning to the view does not repeat it
 function asked() {
   const body = Object.fromEntries(FIELDS.map((name) => [name, name.endsWith("layer") ? number(state[name]) : state[name].replaceAll("\\n", "\n")]));
   if (state.view === "search" && FIELDS.some((name) => state[name])) {
@@ -39,7 +39,7 @@ watch(["pins", "view", "measure"], async () => {
   find("measure").value = state.measure;
   find("to-compare").textContent = `Compare (${pins().length})`;
   if (state.view !== "compare") return;
-  const asked = state.pins, cards = (await Promise.allSettled(pins().map(cardOf))).filter((one) => one.value).map((one) => one.value);
+  const asked = state.pins, cards = (await Promise.allSettled(pins().map(cardOf))).filter(({ value }) => value).map(({ value }) => value);
   if (asked !== state.pins) return;
   if (!cards.length) return find("compared").replaceChildren(h("p", {}, "Nothing is pinned: open a latent's card and choose Pin."));
   const [title, format] = MEASURES[state.measure], { layers } = cards[0];
@@ -49,21 +49,26 @@ watch(["pins", "view", "measure"], async () => {
 });
 find("measure").addEventListener("change", (event) => set({ measure: event.target.value }));
 
-const COLUMNS = { fvu: "FVU", fvu_without_few: "FVU without few tokens", validation_fvu: "FVU, held-out text", delta_ce: "Delta cross-entropy, nats", kl: "KL, nats", l0: "L0", mean_norm: "Mean norm", active_latents: "Latents active" };
+const COLUMNS = { fvu: "FVU", fvu_without_few: "FVU without outlier tokens", validation_fvu: "FVU, held-out text", delta_ce: "Delta cross-entropy, nats", kl: "KL, nats", l0: "L0", mean_norm: "Mean norm", active_latents: "Latents active" };
 
 /** FVU and cost to the model by layer, from summary.json. */
-export function drawLayers(about) {
-  const rows = about.layers, there = Object.keys(COLUMNS).filter((name) => rows.some((row) => Number.isFinite(row[name])));
+export function drawLayers({ layers: rows, downstream, n_tokens: analysed, warnings }) {
+  const isKnown = (name) => rows.some((row) => Number.isFinite(row[name])), known = Object.keys(COLUMNS).filter(isKnown);
   const worst = (name) => rows.reduce((a, b) => ((b[name] ?? -Infinity) > (a[name] ?? -Infinity) ? b : a));
-  const of = about.downstream, few = rows.some((row) => Number.isFinite(row.fvu_without_few));
-  const sample = of ? ` Delta cross-entropy and KL are of ${counted(of.n_tokens, `${of.tokens} token`)} of ${counted(of.n_documents, "document")}, with this layer alone replaced.` : "";
-  const all = of?.together?.groups?.find((one) => one.kind === "all"), own = Number.isFinite(of?.true_ce) ? `On those tokens the model's own cross-entropy is ${show(of.true_ce)} nats. ` : "";
-  const together = all ? `Replacing all ${all.n} layers at once by their reconstructions costs ${show(all.delta_ce)} nats a token, by their mean vectors ${show(all.mean_ablation_delta_ce)} (over ${counted(of.together.n_tokens, "token")}).` : "";
-  const words = there.includes("delta_ce") ? `Replacing layer ${worst("delta_ce").layer} by its reconstruction costs the model most: its cross-entropy rises by ${show(worst("delta_ce").delta_ce)} nats a token${of ? `, over ${counted(of.n_tokens, "token")} of ${counted(of.n_documents, "document")}` : ""}. ` : "What reconstructions cost the model was not computed (analyze --downstream-tokens). ";
-  const charts = ["fvu", "delta_ce"].filter((name) => there.includes(name)).map((name) => figure(`${COLUMNS[name]} (lower is better)`, name,
+  const tokens = downstream && counted(downstream.n_tokens, "token"), documents = downstream && counted(downstream.n_documents, "document");
+  const most = isKnown("delta_ce") ? `Replacing layer ${worst("delta_ce").layer} by its reconstruction costs the model most: its cross-entropy rises by ${show(worst("delta_ce").delta_ce)} nats a token${downstream ? `, over ${tokens} of ${documents}` : ""}. `
+    : "What reconstructions cost the model was not computed (analyze --downstream-tokens). ";
+  const own = Number.isFinite(downstream?.true_ce) ? `On those tokens the model's own cross-entropy is ${show(downstream.true_ce)} nats. ` : "";
+  const all = downstream?.together?.groups?.find(({ kind }) => kind === "all");
+  const together = all ? `Replacing all ${all.n} layers at once by their reconstructions costs ${show(all.delta_ce)} nats a token, by their mean vectors ${show(all.mean_ablation_delta_ce)} (over ${counted(downstream.together.n_tokens, "token")}).` : "";
+  const sample = downstream ? ` Delta cross-entropy and KL are over ${counted(downstream.n_tokens, `${downstream.tokens} token`)} of ${documents}, with this layer alone replaced.` : "";
+  const outliers = isKnown("fvu_without_few") ? " Outlier tokens: the few that carry much of a layer's variance." : "";
+  const charts = ["fvu", "delta_ce"].filter(isKnown).map((name) => figure(`${COLUMNS[name]} (lower is better)`, name,
     lines([{ name: COLUMNS[name], values: rows.map((row) => row[name] ?? null) }], rows.map((row) => row.layer), { label: `${COLUMNS[name]}; highest ${show(worst(name)[name])} at layer ${worst(name).layer}`, unit: COLUMNS[name], format: show }),
     () => [["layer", name], ...rows.map((row) => [row.layer, row[name]])]));
-  find("layers-found").replaceChildren(h("p", { class: "headline-small" }, `${words}FVU is highest at layer ${worst("fvu").layer}: ${show(worst("fvu").fvu)}.`), own + together ? h("p", {}, own + together) : "", ...about.warnings.map((one) => h("p", { class: "warning" }, one)), h("div", { class: "columns" }, charts),
-    figure("All layers", "layers", table(["Layer", ...there.map((name) => COLUMNS[name])], rows.map((row) => [String(row.layer), ...there.map((name) => show(row[name]))]), `FVU, L0 and mean norm are of the ${integer(about.n_tokens)} analysed tokens.${sample}${few ? " Without few tokens: those that carry most of a layer's variance are left out." : ""}`),
-      () => [["layer", ...there], ...rows.map((row) => [row.layer, ...there.map((name) => row[name])])]));
+  const byLayer = table(["Layer", ...known.map((name) => COLUMNS[name])], rows.map((row) => [String(row.layer), ...known.map((name) => show(row[name]))]),
+    `FVU, L0 and mean norm are of the ${integer(analysed)} analysed tokens.${sample}${outliers}`);
+  find("layers-found").replaceChildren(h("p", { class: "headline-small" }, `${most}FVU is highest at layer ${worst("fvu").layer}: ${show(worst("fvu").fvu)}.`), own + together ? h("p", {}, own + together) : "",
+    ...warnings.map((warning) => h("p", { class: "warning" }, warning)), h("div", { class: "columns" }, charts),
+    figure("All layers", "layers", byLayer, () => [["layer", ...known], ...rows.map((row) => [row.layer, ...known.map((name) => row[name])])]));
 }

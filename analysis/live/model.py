@@ -1,4 +1,4 @@
-"""The model and the autoencoder of an analysis, loaded once and asked many times.
+"""The model and the autoencoder of an analysis, loaded once to answer many questions.
 
 The numbers are those of `analyze --prompt`: the same functions make them (`analysis.prompt`).
 """
@@ -40,27 +40,27 @@ MOST_NEW_TOKENS = 64
 
 
 class Attributed(NamedTuple):
-    """Effects on a prediction."""
+    """Effects of a text's activations on a prediction."""
 
     activations: Activations
     effect: NDArray[np.float64]
-    """Of each of them, nats."""
+    """Effect of each activation, nats."""
     texts: list[str]
-    """Of the text's tokens."""
+    """The tokens of the text."""
     position: int
-    """After which the prediction is."""
+    """Position of the token after which the prediction is made."""
     token: str
-    """The predicted one."""
+    """The predicted token."""
     missed: dict[int, float]
     """By layer, the effect of the reconstruction's error."""
 
 
 class LiveModel:
-    """What answers for a text of the user's own."""
+    """Answers questions about texts of the user."""
 
     def __init__(self, inputs: Inputs, found: FoundModel, usual: Usual, stop: Event) -> None:
-        """Load the weights; usual: how active latents are in the analysis; stop: while it is set, no text is run.
-        Raises `ResidscopeError` where model, store and autoencoder do not fit."""
+        """Load the weights. usual: how active latents are in the analysis; stop: while it is set, no text is run.
+        Raises `ResidscopeError` if model, store and autoencoder do not fit together."""
         assert found.spec is not None
         self.store, self.layers, self._usual = inputs.store, inputs.layer_numbers, usual
         model = load_of_store(self.store, found.spec)
@@ -76,21 +76,21 @@ class LiveModel:
 
     def _check(self, *_: object) -> None:
         if self._stop.is_set():
-            raise ResidscopeError("stopped: nobody waits for the answer")
+            raise ResidscopeError("stopped: nobody is waiting for the answer")
 
     def tokens(self, text: str) -> Tokens:
-        """As `analyze --prompt` reads it; `UsageError` for a text that is empty or too long."""
+        """A text's tokens, as `analyze --prompt` reads it; `UsageError` if it is empty or too long."""
         return read_prompt(self.store, self.tokenizer, self.prompted.model.causal_lm.config, text)
 
     def _read_anew(self, text: str) -> PromptView:
         return view_prompt(self.prompted, text, self.tokens(text), self.layers, [], self._usual)
 
     def activations(self, text: str) -> Activations:
-        """All activations above zero, at kept positions."""
+        """All activations above zero at kept positions."""
         return self._read(text).activations
 
     def effects(self, text: str, token: str | None, against: str | None, position: int | None) -> Attributed:
-        """Of each activation on a prediction, as `Analysis.attribute` asks for it."""
+        """The effects of all activations on a prediction; arguments as for `Analysis.attribute`."""
         view = self._read(text)
         n = len(view.tokens.ids)
         place = n - 1 if position is None else position
@@ -104,7 +104,7 @@ class LiveModel:
         return Attributed(view.activations, effect, view.tokens.texts, place, self.tokenizer.text([target])[0], missed)
 
     def _token_id(self, text: str) -> int:
-        """The token that reads as `text` after another one; a part of a character is none that can be told apart."""
+        """The token that reads as `text` after another one. Parts of a character are refused: they look alike."""
         own, rows = self.tokenizer.encode([text])[0], self.prompted.model.causal_lm.config.get_text_config().vocab_size
         whole = text and "\ufffd" not in text
         for ids in (own, sorted(self.tokenizer.ids)) if whole else ():  # a tokenizer may put a space in front of a text
@@ -117,40 +117,40 @@ class LiveModel:
     def prompt(
         self, text: str, most: int, effects_after: int | None = None, effects_against: str | None = None
     ) -> dict[str, Any]:
-        """A prompt's part of prompt.json, with at most so many latents, each with its activations in `cells`; as
-        `Analysis.prompt` says."""
-        found = self.activations(text)
-        candidates = most if effects_after is None else len(found.latent)  # all, where effects choose among them
+        """A prompt's part of prompt.json, with at most `most` latents, each with its activations in `cells`; see
+        `Analysis.prompt`."""
+        found, with_effects = self.activations(text), effects_after is not None
+        candidates = len(found.latent) if with_effects else most  # all, if effects choose among them
         data = plain_prompt(self._read(text), self.tokenizer, candidates)
         del data["interventions"], data["silent"]
         order = np.argsort(found.latent, kind="stable")
-        latent = found.latent[order]
-        columns: list[NDArray[Any]] = [c[order] for c in (found.position, found.layer, found.activation)]
-        if effects_after is not None:
+        latents = found.latent[order]
+        columns: list[NDArray[Any]] = [values[order] for values in (found.position, found.layer, found.activation)]
+        if with_effects:
             attributed = self.effects(text, None, effects_against, effects_after)
             columns.append(attributed.effect[order])
             data["effects"] = {"after": effects_after, "token": attributed.token, "against": effects_against}
-        for one in data["latents"]:
-            own = slice(*np.searchsorted(latent, [one["latent"], one["latent"] + 1]))
-            one["cells"] = [list(cell) for cell in zip(*(c[own].tolist() for c in columns), strict=True)]
-            if effects_after is not None:
-                layers, at = np.unique(columns[1][own], return_inverse=True)
-                of_layer = np.bincount(at, columns[3][own])
-                best = np.abs(of_layer).argmax()
-                one["effect"], one["effect_layer"] = float(of_layer[best]), int(layers[best])
-        if effects_after is not None:
-            data["latents"] = sorted(data["latents"], key=lambda one: -abs(one["effect"]))[:most]
+        for row in data["latents"]:
+            own = slice(*np.searchsorted(latents, [row["latent"], row["latent"] + 1]))
+            row["cells"] = [list(cell) for cell in zip(*(values[own].tolist() for values in columns), strict=True)]
+            if with_effects:
+                layers, index = np.unique(columns[1][own], return_inverse=True)
+                sums = np.bincount(index, columns[3][own])
+                best = np.abs(sums).argmax()
+                row["effect"], row["effect_layer"] = float(sums[best]), int(layers[best])
+        if with_effects:
+            data["latents"] = sorted(data["latents"], key=lambda row: -abs(row["effect"]))[:most]
         return {**data, "layers": self.layers}
 
     def intervene(
         self, text: str, changes: Sequence[Mapping[str, Any]], n_tokens: int, tokens: Sequence[str]
     ) -> dict[str, Any]:
-        """What all the changes together do to the next token, and how the text goes on by n_tokens at most."""
-        interventions, watched = [intervention_of(one) for one in changes], [self._token_id(one) for one in tokens]
+        """What all changes together do to the next token, and how the text continues, for at most n_tokens."""
+        interventions, watched = [*map(intervention_of, changes)], [*map(self._token_id, tokens)]
         check_interventions(interventions, self.prompted.sae.config.n_latents, self.layers)
         if not 0 <= n_tokens <= MOST_NEW_TOKENS:
             raise UsageError(f"continue_tokens should be 0 to {MOST_NEW_TOKENS}, found {n_tokens}")
-        placed, view = [one.at(self.layers) for one in interventions], self._read(text)
+        placed, view = [change.at(self.layers) for change in interventions], self._read(text)
         check_positions(interventions, text, view.tokens)
         limit, n = longest_context(self.prompted.model.causal_lm.config), len(view.tokens.ids)
         if limit is not None and n + n_tokens > limit:
@@ -158,16 +158,16 @@ class LiveModel:
         effect = plain_effect(view.run.effect(placed, watched), self.tokenizer)
         for token in effect["next_changed"]:
             token["p"] = token.pop("p_changed")
-        going_on = (view.run.continued(n_tokens, made) if n_tokens else [] for made in ([], placed))
-        true, changed = ("".join(self.tokenizer.texts(ids)) for ids in going_on)
+        continued = (view.run.continued(n_tokens, made) if n_tokens else [] for made in ([], placed))
+        true, changed = ("".join(self.tokenizer.texts(ids)) for ids in continued)
         next_true = plain_tokens(view.run.next_tokens, self.tokenizer, "p")
         found, silent = view.activations, []
-        for one in placed:
-            on = (found.latent == one.latent) & np.isin(found.layer, one.layers or ())
-            on &= one.positions is None or np.isin(found.position, one.positions)
-            if one.kind == "ablate" and not on.any():
-                where = "layers" if one.positions is None else "layers and positions"
-                silent.append(f"Latent {one.latent} is not on at any of these {where} in this text.")
+        for change in placed:
+            on = (found.latent == change.latent) & np.isin(found.layer, change.layers or ())
+            on &= change.positions is None or np.isin(found.position, change.positions)
+            if change.kind == "ablate" and not on.any():
+                where = "layers" if change.positions is None else "layers and positions"
+                silent.append(f"Latent {change.latent} is not on at any of these {where} in this text.")
         return {**effect, "notes": silent, "next_true": next_true, "text_true": true, "text_changed": changed}
 
 
@@ -180,16 +180,16 @@ def steer(
     layers: Sequence[int] | None = None,
     lens: TunedLens | None = None,
 ) -> Iterator[None]:
-    """Within it a `transformers` model runs and generates with `changes`, which are as of `Analysis.intervene`.
+    """A context in which a `transformers` model runs and generates with `changes`, given as for `Analysis.intervene`.
 
-    By hooks on its blocks, nothing else: so they work under nnsight and TransformerLens too, given the module inside.
-    All positions are changed but the first of a longer sequence; with `positions`, those of a pass over several
-    tokens, padding included, and no token that is generated alone, after a cache. layers: that the autoencoder was
-    trained on, which "all" means; default all blocks, unless it standardises by layer and so knows them. lens: what its
-    store went through."""
+    They are hooks on its blocks and nothing else, so they also work under nnsight and TransformerLens, given the module
+    inside. All positions are changed except the first of a longer sequence. `positions` index the tokens of a pass over
+    several, padding included; a token generated alone, with a cache, is then left as it is. layers: those the
+    autoencoder was trained on, which "all" stands for; default: those it standardises by, else all blocks. lens: the
+    one that its store went through."""
     blocks = find_blocks(model, n_layers_of(model.config))
     every = layers or sae.config.layers or range(len(blocks))
-    interventions = [intervention_of(one).at(every) for one in changes]
+    interventions = [intervention_of(change).at(every) for change in changes]
     check_interventions(interventions, sae.config.n_latents, every)
     prompted = PromptedModel(model, sae.to(next(blocks.parameters()).device), lens, "float32")
     with changing(prompted, blocks, interventions):
@@ -200,19 +200,19 @@ def intervention_of(change: Mapping[str, Any]) -> Intervention:
     """An intervention from {kind, latent, layers: [int] or "all", coefficient, positions}; `UsageError` for others."""
     kind, latent, layers, positions = (change.get(name) for name in ("kind", "latent", "layers", "positions"))
     coefficient = change.get("coefficient") if kind == "steer" else None
-    chosen, places = (found if isinstance(found, list | tuple) else () for found in (layers, positions))
+    chosen, places = (given if isinstance(given, list | tuple) else () for given in (layers, positions))
     numbers = [latent, *chosen, *places]
     if (
         kind not in ("ablate", "steer")
         or change.keys() - {"kind", "latent", "layers", "coefficient", "positions"}
-        or not all(isinstance(one, Integral) and not isinstance(one, bool) for one in numbers)
+        or not all(isinstance(number, Integral) and not isinstance(number, bool) for number in numbers)
         or not (layers == "all" or chosen)
         or not (positions is None or places)
         or not all(0 < place < 2**31 for place in places)
         or (kind == "steer" and not (isinstance(coefficient, int | float) and abs(coefficient) < LARGEST))
     ):
-        wanted = '{"kind": "ablate" or "steer", "latent": 17, "layers": [3, 4] or "all"}, for steer a "coefficient"'
-        wanted += ', and "positions": [5], above 0, where it is not for all'
+        wanted = '{"kind": "ablate" or "steer", "latent": 17, "layers": [3, 4] or "all"}, with a "coefficient" to steer'
+        wanted += ', and "positions": [5], above 0, to change only those'
         raise UsageError(f"a change should be {wanted}, found {dict(change)!r:.200}")
     assert latent is not None
     layers = tuple(sorted({int(layer) for layer in chosen})) or "all"

@@ -1,12 +1,12 @@
-"""An analysis opened again: its tables, what is known of each latent, and, where the model is at hand, live answers.
+"""An analysis opened again: its tables, what is known of each latent, and, if the model is available, live answers.
 
     analysis = residscope.open("ckpt.analysis")
     analysis.latents, analysis.layers                 pandas tables
-    analysis.latent(17)                               a card, which a notebook shows
+    analysis.latent(17)                               a card, which a notebook displays
     analysis.prompt("def f():\\n    return")           its latents over layers and tokens
 
-Numbers are those of the files, as they are. Each file is read when it is first needed, and then kept; the model is
-loaded at the first question that needs it.
+Numbers are those of the files, unchanged. Files are read when they are needed; the model is loaded at the first
+question that needs it.
 """
 
 import json
@@ -40,22 +40,22 @@ from residscope.reading import reading
 from residscope.urls import as_path
 
 SHARE = 0.5
-"""Of a latent's activation mass that must be at the layers asked for."""
+"""The share of a latent's activation mass that must be at the layers asked for."""
 
 FOUND = ("latent", "fires_on", "profile", "layer_mean", "share_of_tokens", "count", "score", "why")
-"""Columns of what `search` finds. share_of_tokens: of the analysed ones, those at which it fires, 0 to 1."""
+"""Columns of what `search` returns. share_of_tokens: share of the analysed tokens at which it fires, 0 to 1."""
 
 _AGAIN = "run `analyze` again"
 
 
 class Analysis:
-    """What `analyze` left in a folder, with the store, autoencoder and model that it came from."""
+    """What `analyze` wrote into a folder, with the store, autoencoder and model that it came from."""
 
     def __init__(self, folder: Path, store: Path | None, sae: Path | None, model: str | None, lens: str | None) -> None:
         self.folder, self._places, self._model, self._lens = folder, (store, sae), model, lens
         self.summary = read_summary(folder / files.SUMMARY)
         self.stop = Event()
-        """Where another thread sets it, an answer that the model is making ends with a `ResidscopeError`."""
+        """Set by another thread, it ends the answer that the model is computing, with a `ResidscopeError`."""
 
     @classmethod
     def open(
@@ -67,8 +67,8 @@ class Analysis:
         model: str | None = None,
         lens: str | None = None,
     ) -> "Analysis":
-        """The analysis in `folder`. store, sae: where they are now, by default where `analyze` read them, or in the
-        folder or beside it; model, lens: as for `analyze`. Raises `UsageError` where there is no analysis."""
+        """The analysis in `folder`. store, sae: where they are now; by default where `analyze` read them, else in
+        the folder or beside it. model, lens: as for `analyze`. Raises `UsageError` if there is no analysis."""
         place = as_path(folder)
         if not (place / files.SUMMARY).is_file():
             raise UsageError(f"{folder}: no analysis there (no {files.SUMMARY}); give the folder that `analyze` wrote")
@@ -77,7 +77,7 @@ class Analysis:
 
     @property
     def layer_numbers(self) -> list[int]:
-        """The model's block indices of the lists by layer, such as `probs`."""
+        """The model's block index for each entry of lists by layer, such as `probs`."""
         return [int(layer) for layer in self.summary["layer_numbers"]]
 
     @cached_property
@@ -93,34 +93,34 @@ class Analysis:
 
     @cached_property
     def contexts(self) -> dict[int, list[Context]]:
-        """By latent its distinct contexts; what `search` reads."""
+        """The distinct contexts of each latent, which `search` reads."""
         with reading(f"{self.folder / files.EXAMPLES}: cannot be read", _AGAIN):
             return read_contexts(self.folder / files.EXAMPLES, CONTEXTS)
 
     @cached_property
     def live(self) -> LiveModel:
-        """The model, loaded at the first call. `ResidscopeError`, with the way out, where something is not found or is
-        not what was analysed."""
+        """The model, loaded at the first use. Raises `ResidscopeError`, with the way out, if something is not found or
+        is not what was analysed."""
         with reading(f"{self.folder / files.CONFIG}: cannot be read", "give store and sae"):
             recorded = tomllib.loads((self.folder / files.CONFIG).read_text(encoding="utf-8"))
-        found = []
+        paths = []
         for name, given in zip(("store", "sae"), self._places, strict=True):
             before = as_path(str(recorded.get(name)))
             candidates = [given] if given else [before, self.folder / before.name, self.folder.parent / before.name]
-            there = next((one for one in candidates if one.exists()), None)
-            if there is None:
+            path = next((path for path in candidates if path.exists()), None)
+            if path is None:
                 where = " or ".join(map(str, candidates))
                 raise UsageError(f"{self.folder}: its {name} was not found at {where}; say where it is: {name}=...")
-            found.append(there)
-        inputs = open_inputs(*found)
+            paths.append(path)
+        inputs = open_inputs(*paths)
         if not has_analysis(self.folder, inputs):
-            what = f"is not of {found[0]} and {found[1]} by this version"
-            raise IncompatibleError(f"{self.folder}: the analysis {what}; give the store and sae of it, or {_AGAIN}")
-        where = locate(inputs.store, self._model, self._lens, offline=self._model is None)
-        return LiveModel(inputs, where, usual_of(self.folder), self.stop)
+            what = f"not an analysis of {paths[0]} and {paths[1]} by this version"
+            raise IncompatibleError(f"{self.folder}: {what}; give its own store and sae, or {_AGAIN}")
+        model = locate(inputs.store, self._model, self._lens, offline=self._model is None)
+        return LiveModel(inputs, model, usual_of(self.folder), self.stop)
 
     def card(self, latent: int) -> dict[str, Any]:
-        """All that is known of a latent, in plain values; not defined is None. `UsageError` if there is no such one."""
+        """All that is known of a latent, in plain values, None if undefined. `UsageError` for no such latent."""
         row = self._row(latent)
         names = ("latent", "count", "n_tokens", "profile", "layer_mean", "layer_std", "n_layers_active")
         near = zip(row.get("neighbours") or [], row.get("neighbour_cosines") or [], strict=True)
@@ -142,48 +142,48 @@ class Analysis:
             )
 
     def latent(self, latent: int) -> Card:
-        """The card, as an object that a notebook shows; `.data` is that of `card`."""
+        """The card, as an object that a notebook displays; `.data` is what `card` returns."""
         return Card(self.card(latent))
 
     def prompt(
         self, text: str, most: int = 60, effects_after: int | None = None, effects_against: str | None = None
     ) -> Prompt:
-        """The latents of a text; a notebook shows their map. most: the most specific so many. `.data` is in plain
-        values: prompt.json's, and of each latent its `cells` [[position, layer, activation]], what it fires on, and the
-        share of the analysed tokens at which it fires (0 to 1).
+        """The latents of a text, as an object that a notebook displays. most: how many, the most specific. `.data` has
+        plain values: those of prompt.json and, for each latent, its `cells` [[position, layer, activation]], what it
+        fires on, and the share of the analysed tokens at which it fires (0 to 1).
 
-        effects_after: a position of the text; each cell then ends with its effect on the log probability of the token
-        that is likeliest after that, or less that of `effects_against` (as in `attribute`). Each latent has `effect`,
-        the sum at one layer, nats, and `effect_layer`, that where it is furthest from 0; those with the largest come
-        first."""
+        effects_after: a position in the text. Each cell then ends with its effect on the log probability of the token
+        that is likeliest after it, minus that of `effects_against` if given (as in `attribute`). Each latent has
+        `effect`, the sum at one layer in nats, and `effect_layer`, the layer where that is furthest from 0; those with
+        the largest effects come first."""
         data = self.live.prompt(text, most, effects_after, effects_against)
-        for one in data["latents"]:
-            one["fires_on"] = self._fires_on[one["latent"]]
-            one["share_of_tokens"] = self._share_of_tokens(one["latent"])
+        for latent in data["latents"]:
+            latent["fires_on"] = self._fires_on[latent["latent"]]
+            latent["share_of_tokens"] = self._share_of_tokens(latent["latent"])
         return Prompt(data)
 
     def intervene(
         self, text: str, changes: Sequence[Mapping[str, Any]], continue_tokens: int = 0, tokens: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """What changes do to the token after a text, all together, and how the text goes on with and without them.
+        """What all changes together do to the token after a text, and how the text continues with and without them.
 
-        changes: {"kind": "ablate" or "steer", "latent", "layers": [int] or "all", "coefficient" of steer: the
-        activation that is added, "positions": [int], the text's, from 0, or none for all}. continue_tokens: at most 64.
-        tokens: as text with its space; `watched` has their probabilities and change of logit (less the mean one)."""
+        changes: {"kind": "ablate" or "steer", "latent", "layers": [int] or "all", "coefficient" to steer: the
+        activation to add, "positions": [int] in the text, from 0; if left out, all}. continue_tokens: at most 64.
+        tokens: texts with their space; `watched` has their probabilities and changes of logit (less the mean one)."""
         return _plain(self.live.intervene(text, changes, continue_tokens, tokens))
 
     def attribute(
         self, text: str, token: str | None = None, *, against: str | None = None, position: int | None = None
     ) -> pd.DataFrame:
-        """How much each activation in a text adds to a prediction, to first order (`analysis.prompt.attribution`): a
-        row for each, the largest effect first, with what its latent fires on.
+        """How much each activation in a text contributes to a prediction, to first order (see
+        `analysis.prompt.attribution`): a row for each, the largest effect first, with what its latent fires on.
 
-        token: the one predicted, as text with its space (" the"); default the likeliest. against: another token.
-        position: of the text's token after which it is predicted, from 0, the opening counted; default the last.
-        `effect`: nats that the token's log probability would lose if the latent were taken out at this position after
-        this layer alone, or, with `against`, that its logit would lose on that of the other. Below 0 the latent works
-        against the token. `.attrs` has what was asked, and `missed`: by layer, the effect of all that the autoencoder
-        misses there, its error at the kept positions."""
+        token: the predicted token, as text with its space (" the"); default: the likeliest. against: another token.
+        position: the token of the text after which it is predicted, from 0, the opening token included; default: the
+        last. `effect`: the nats that the token's log probability would lose if the latent were taken out at this
+        position after this layer alone; with `against`, that its logit would lose relative to the other's. Below 0, the
+        latent works against the token. `.attrs` has what was asked, and `missed`: by layer, the effect of what the
+        autoencoder misses there, its error at the kept positions."""
         found = self.live.effects(text, token, against, position)
         table = pd.DataFrame({**found.activations._asdict(), "effect": found.effect})
         table.insert(1, "token", [found.texts[place] for place in table["position"]])
@@ -205,70 +205,67 @@ class Analysis:
         explained: str | None = None,
         limit: int = 50,
     ) -> pd.DataFrame:
-        """Latents that meet all that is asked for, the best first: by the product of what each condition gives
-        (`score`, comparable only within one search; `why` says it in words).
+        """Latents that meet all conditions, the best first: by `score`, the product of the conditions' scores
+        (comparable only within one search); `why` says it in words.
 
-        tokens: words or phrases, of which one is enough, by how specific a latent is to them
-        (`analysis.latents.search`); promotes: a token, by its place among those promoted; on, off: active somewhere in
-        one text and nowhere in the other, by mass (needs the model); from_layer, to_layer: by the share of its mass
-        there, at least `SHARE`; profile: the kind of its profile over layers, as in the table; explained: words, or
-        parts of them, that all stand in one of its explanations by delphi, where those were read back."""
-        found: list[dict[int, tuple[float, str]]] = []
+        tokens: words or phrases, one of which is enough; scored by how specific a latent is to them
+        (`analysis.latents.search`). promotes: a token; scored by its rank among those promoted. on, off: texts, active
+        in one and not in the other; scored by mass (needs the model). from_layer, to_layer: scored by the share of its
+        mass there, at least `SHARE`. profile: the kind of its layer profile, as in the table. explained: words, or
+        parts of them, all in one of its explanations by delphi, if those were read back."""
+        conditions: list[dict[int, tuple[float, str]]] = []  # by latent its score, and why
         if tokens:
             with reading("tokens should be a text or a list of texts", kind=UsageError):
                 wanted = tokens if isinstance(tokens, str) else ", ".join(tokens)
-            found.append({hit.latent: (hit.score, hit.why) for hit in search(self.contexts, wanted)})
+            conditions.append({hit.latent: (hit.score, hit.why) for hit in search(self.contexts, wanted)})
         if promotes:
-            found.append(self._promoting(promotes.strip().lower()))
+            conditions.append(self._promoting(promotes.strip().lower()))
         if on or off:
-            found.append(self._on_and_off(on, off))
+            conditions.append(self._on_and_off(on, off))
         numbers, live = np.array(self.layer_numbers), np.flatnonzero(self.latents["count"] > 0)
         if from_layer is not None or to_layer is not None:
             low = numbers[0] if from_layer is None else from_layer
             high = numbers[-1] if to_layer is None else to_layer
             there = (numbers >= low) & (numbers <= high)
             share = np.array(self.latents["probs"].to_list())[live][:, there].sum(axis=1)
-            words = f"of its activation at layers {low} to {high}"
+            why = f"of its activation at layers {low} to {high}"
             pairs = zip(live.tolist(), share.tolist(), strict=True)
-            found.append({i: (s, f"{100 * s:.0f} % {words}") for i, s in pairs if s >= SHARE})
+            conditions.append({latent: (part, f"{100 * part:.0f} % {why}") for latent, part in pairs if part >= SHARE})
         if profile:
             if profile not in (kinds := list(self.summary.get("profiles") or {})):
                 raise UsageError(f"profile should be one of {', '.join(kinds)}, found {profile!r}")
             same = live[self.latents["profile"].to_numpy()[live] == profile]
-            found.append(dict.fromkeys(same.tolist(), (1.0, f"profile: {profile}")))
+            conditions.append(dict.fromkeys(same.tolist(), (1.0, f"profile: {profile}")))
         if explained and explained.strip():
-            found.append(self._explained(explained.lower().split()))
-        if not found:
+            conditions.append(self._explained(explained.lower().split()))
+        if not conditions:
             return pd.DataFrame(columns=FOUND)
-        common = set(found[0]).intersection(*found[1:])
-        scores = {latent: float(np.prod([one[latent][0] for one in found])) for latent in common}
+        common = set(conditions[0]).intersection(*conditions[1:])
+        scores = {latent: float(np.prod([hits[latent][0] for hits in conditions])) for latent in common}
         best = sorted(common, key=lambda latent: (-scores[latent], latent))[:limit]
         table = self.latents.iloc[best]
         columns = {
             "latent": best,
             "fires_on": [self._fires_on[latent] for latent in best],
-            "profile": table["profile"].to_list(),
-            "layer_mean": table["layer_mean"].to_list(),
+            **{name: table[name].to_list() for name in ("profile", "layer_mean", "count")},
             "share_of_tokens": [self._share_of_tokens(latent) for latent in best],
-            "count": table["count"].to_list(),
             "score": [scores[latent] for latent in best],
-            "why": ["; ".join(one[latent][1] for one in found) for latent in best],
+            "why": ["; ".join(hits[latent][1] for hits in conditions) for latent in best],
         }
         return pd.DataFrame(columns, columns=FOUND)
 
     def __repr__(self) -> str:
-        of = self.summary["provenance"]["store"].get("model") or "unnamed model"
-        return (
-            f"Analysis({str(self.folder)!r}: {of}, {self.summary['n_layers']} layers, {self._table.num_rows:,} latents)"
-        )
+        model = self.summary["provenance"]["store"].get("model") or "unnamed model"
+        size = f"{self.summary['n_layers']} layers, {self._table.num_rows:,} latents"
+        return f"Analysis({str(self.folder)!r}: {model}, {size})"
 
     def _explained(self, words: Sequence[str]) -> dict[int, tuple[float, str]]:
         if not (self.folder / files.EXPLANATIONS).is_file():
-            raise UsageError("no explanations were read into this analysis: give `analyze` --delphi-scores")
+            raise UsageError("this analysis has no explanations: add them with `analyze --delphi-scores`")
         return {
             latent: (1.0, f"explained, {row['where']}: {row['explanation']}")
             for latent, rows in read_explanations(self.folder / files.EXPLANATIONS).items()
-            for row in reversed(rows)  # of several the first is named
+            for row in reversed(rows)  # the first that matches is named
             if all(word in (row["explanation"] or "").lower() for word in words)
         }
 
@@ -308,8 +305,8 @@ class Analysis:
         return {"edges": edges, "rows": found}
 
     def _examples(self, file: str, latent: int) -> list[dict[str, Any]]:
-        """Distinct contexts: each at its strongest layer, with the layers at which it is an example; those that are the
-        strongest of some layer first."""
+        """Distinct contexts, each at its strongest layer, with all the layers at which it is an example. Those that are
+        the strongest of some layer come first."""
         contexts: dict[int, list[dict[str, Any]]] = {}
         for row in self._rows(file, latent):
             contexts.setdefault(row["token"], []).append(row)
@@ -329,18 +326,14 @@ class Analysis:
         return [example for *_, example in sorted(found, key=lambda one: one[:3])[:CONTEXTS]]
 
     def _ends(self, latent: int) -> dict[str, Any]:
-        """The tokens that it promotes and suppresses by the direct path, and whether that is more than chance."""
+        """The tokens that it promotes and suppresses by the direct path, and whether its cosine is above chance."""
         rows = self._rows(files.LATENT_LOGITS, latent)
         above = bool(rows) and (rows[0]["unembedding_cosine"] or 0.0) > self._chance
-        ends = {"promotes": "promoted", "suppresses": "suppressed"}
-        return {"logits_above_chance": above} | {
-            name: [
-                {"token": token, "logit": logit}
-                for row in rows
-                for token, logit in zip(row[column], row[f"{column}_logits"], strict=True)
-            ]
-            for name, column in ends.items()
-        }
+        ends: dict[str, Any] = {"logits_above_chance": above}
+        for name, column in (("promotes", "promoted"), ("suppresses", "suppressed")):
+            pairs = [pair for row in rows for pair in zip(row[column], row[f"{column}_logits"], strict=True)]
+            ends[name] = [{"token": token, "logit": logit} for token, logit in pairs]
+        return ends
 
     @property
     def _chance(self) -> float:
@@ -350,12 +343,12 @@ class Analysis:
     def _promoting(self, token: str) -> dict[int, tuple[float, str]]:
         path = self.folder / files.LATENT_LOGITS
         if not path.is_file():
-            raise UsageError(f"{self.folder} does not say what latents promote: {_AGAIN} where the model is at hand")
+            raise UsageError(f"{self.folder} has no promoted tokens: {_AGAIN} where the model is available")
         found = {}
         for row in read_table(path, columns=["latent", "promoted", "unembedding_cosine"]).to_pylist():
             places = [i for i, text in enumerate(row["promoted"]) if text.strip().lower() == token]
             if places and (row["unembedding_cosine"] or 0.0) > self._chance:
-                why = f"promotes it, place {places[0] + 1} of {len(row['promoted'])}"
+                why = f"promotes it, rank {places[0] + 1} of {len(row['promoted'])}"
                 found[row["latent"]] = (row["unembedding_cosine"] / (places[0] + 1), why)
         return found
 
@@ -371,7 +364,7 @@ class Analysis:
 
 
 def _plain(value: Any) -> Any:
-    """Plain values with None for what is not finite."""
+    """The value with None in place of numbers that are not finite."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

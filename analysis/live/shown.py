@@ -1,4 +1,4 @@
-"""How a latent's card and a prompt's map show themselves in a notebook: HTML and SVG with inline styles, no script."""
+"""How a notebook displays a latent's card and a prompt's map: HTML and SVG with inline styles and no script."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,31 +19,31 @@ class Card:
     """What is known of a latent."""
 
     data: dict[str, Any]
-    """As of `Analysis.card`."""
+    """As returned by `Analysis.card`."""
 
     def __repr__(self) -> str:
-        of = self.data
-        where = f"mean layer {show(of['layer_mean'])}; {integer(of['count'])} firings"
-        return f"Latent {of['latent']}: fires on {_words(of)}; {where} (.data has all)"
+        card = self.data
+        where = f"mean layer {show(card['layer_mean'])}; {integer(card['count'])} firings"
+        return f"Latent {card['latent']}: fires on {_words(card)}; {where} (.data has all)"
 
     def _repr_html_(self) -> str:
-        of = self.data
-        words = ", ".join(map(quoted, of["fires_on"]))
+        card = self.data
+        words = ", ".join(map(quoted, card["fires_on"]))
         lines = [
-            f"<h3>Latent {of['latent']}</h3>",
-            f"<p>Fires at {integer(of['count'])} vectors of {integer(of['n_tokens'])} tokens, at "
-            f"{of['n_layers_active']} layers; mean layer {show(of['layer_mean'])}, standard deviation "
-            f"{show(of['layer_std'])}{'; profile: ' + escape(of['profile']) if of['profile'] else ''}.</p>",
+            f"<h3>Latent {card['latent']}</h3>",
+            f"<p>Fires at {integer(card['count'])} vectors of {integer(card['n_tokens'])} tokens, at "
+            f"{card['n_layers_active']} layers; mean layer {show(card['layer_mean'])}, standard deviation "
+            f"{show(card['layer_std'])}{'; profile: ' + escape(card['profile']) if card['profile'] else ''}.</p>",
             f"<p>Fires on {escape(words)}</p>" if words else "",
-            *(SAID.format(*(escape(one[name] or "-") for name in SAID_OF)) for one in of["explanations"]),
-            _bars(of["layers"], of["probs"]),
-            *(_example(one) for one in of["examples"][:N_EXAMPLES]),
-            "<p>Drawn at random:</p>" * bool(of["random_examples"]),
-            *(_example(one) for one in of["random_examples"]),
+            *(SAID.format(*(escape(row[name] or "-") for name in SAID_OF)) for row in card["explanations"]),
+            _bars(card["layers"], card["probs"]),
+            *map(_example, card["examples"][:N_EXAMPLES]),
+            "<p>Drawn at random:</p>" * bool(card["random_examples"]),
+            *map(_example, card["random_examples"]),
         ]
         for name in ("promotes", "suppresses"):
-            tokens = ", ".join(quoted(one["token"]) for one in of[name])
-            if tokens and of["logits_above_chance"]:
+            tokens = ", ".join(quoted(token["token"]) for token in card[name])
+            if tokens and card["logits_above_chance"]:
                 lines.append(f"<p>{name.capitalize()} {escape(tokens)}</p>")
         return f'<div style="font-family:sans-serif">{"".join(lines)}</div>'
 
@@ -53,39 +53,39 @@ class Prompt:
     """The latents of a text."""
 
     data: dict[str, Any]
-    """As of `Analysis.prompt`."""
+    """As described in `Analysis.prompt`."""
 
     def __repr__(self) -> str:
-        lines = [f"{quoted(self.data['text'])}: {integer(self.data['n_active_latents'])} latents active, first of all"]
-        for one in self.data["latents"][:N_EXAMPLES]:
-            lines.append(f"  {one['latent']}, mean layer {show(one['layer_mean'])}, fires on {_words(one)}")
+        lines = [f"{quoted(self.data['text'])}: {integer(self.data['n_active_latents'])} latents active; the first:"]
+        for latent in self.data["latents"][:N_EXAMPLES]:
+            lines.append(f"  {latent['latent']}, mean layer {show(latent['layer_mean'])}, fires on {_words(latent)}")
         return "\n".join([*lines, "(.data has all)"])
 
     def _repr_html_(self) -> str:
-        of = self.data
-        likely = ", ".join(f"{quoted(one['token'])} {100 * one['p_true']:.0f} %" for one in of["next"][:5])
-        best = sorted(of["latents"], key=lambda one: -one["specificity"])[:N_LATENTS]
+        prompt = self.data
+        likely = ", ".join(f"{quoted(token['token'])} {100 * token['p_true']:.0f} %" for token in prompt["next"][:5])
+        best = sorted(prompt["latents"], key=lambda latent: -latent["specificity"])[:N_LATENTS]
         head = "".join(f"<th>{name}</th>" for name in ("Latent", "Mean layer", "Highest at each layer", "Fires on"))
         rows = "".join(
-            f"<tr><td>{one['latent']}</td><td>{show(one['layer_mean'])}</td>"
-            f"<td>{_strip(of['layers'], one['cells'])}</td>"
-            f"<td>{escape(', '.join(map(quoted, one['fires_on'])))}</td></tr>"
-            for one in sorted(best, key=lambda one: one["layer_mean"])
+            f"<tr><td>{latent['latent']}</td><td>{show(latent['layer_mean'])}</td>"
+            f"<td>{_strip(prompt['layers'], latent['cells'])}</td>"
+            f"<td>{escape(', '.join(map(quoted, latent['fires_on'])))}</td></tr>"
+            for latent in sorted(best, key=lambda latent: latent["layer_mean"])
         )
         return (
-            f'<div style="font-family:sans-serif"><p><code>{escape(quoted(of["text"]))}</code>: '
-            f"{integer(of['n_active_latents'])} latents active; likeliest next: {escape(likely)}. "
+            f'<div style="font-family:sans-serif"><p><code>{escape(quoted(prompt["text"]))}</code>: '
+            f"{integer(prompt['n_active_latents'])} latents active; likeliest next: {escape(likely)}. "
             f"The {len(best)} latents most specific to it, by mean layer:</p>"
             f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
         )
 
 
-def _words(of: Mapping[str, Any]) -> str:
-    return ", ".join(map(quoted, of["fires_on"])) or "nothing in particular"
+def _words(latent: Mapping[str, Any]) -> str:
+    return ", ".join(map(quoted, latent["fires_on"])) or "nothing in particular"
 
 
 def _bars(layers: Sequence[int], shares: Sequence[float | None]) -> str:
-    """The share of its activation at each layer."""
+    """A bar chart of the share of its activation at each layer."""
     top, height = max([share or 0.0 for share in shares], default=0.0) or 1.0, 60
     bars = "".join(
         f'<rect x="{i * CELL}" y="{height - height * (share or 0.0) / top:.1f}" width="{CELL - 1}" '
@@ -97,7 +97,7 @@ def _bars(layers: Sequence[int], shares: Sequence[float | None]) -> str:
 
 
 def _strip(layers: Sequence[int], cells: Sequence[Sequence[float]]) -> str:
-    """The highest activation over the tokens, layer by layer."""
+    """A strip of its highest activation over the tokens, layer by layer."""
     best = dict.fromkeys(layers, 0.0)
     for _, layer, activation, *_ in cells:
         best[int(layer)] = max(best[int(layer)], activation)
@@ -115,21 +115,20 @@ def _svg(width: int, height: int, name: str, body: str) -> str:
     return f'<svg role="img" aria-label="{name}" width="{width}" height="{height}">{body}</svg>'
 
 
-def _example(one: Mapping[str, Any]) -> str:
-    top = max([token["activation"] for token in one["tokens"]], default=0.0) or 1.0
-    pieces: list[tuple[str, float, bool]] = []  # a token that only continues a character is shown as that one
-    for i, token in enumerate(one["tokens"]):
+def _example(example: Mapping[str, Any]) -> str:
+    top = max([token["activation"] for token in example["tokens"]], default=0.0) or 1.0
+    pieces: list[tuple[str, float, bool]] = []  # one that only continues a character is merged with its beginning
+    for i, token in enumerate(example["tokens"]):
         before = ("", 0.0, False) if token["text"] or not pieces else pieces.pop()
-        activation, own = max(before[1], token["activation"]), before[2] or i == one["position"]
+        activation, own = max(before[1], token["activation"]), before[2] or i == example["position"]
         pieces.append((before[0] + token["text"], activation, own))
     text = "".join(
         f'<span style="background:rgba(253,231,37,{activation / top:.2f})'
         f'{";font-weight:bold" if own else ""}">{escape(words)}</span>'
         for words, activation, own in pieces
     )
-    layers = ", ".join(map(str, one["layers"]))
+    where = f"layer{'s' * (len(example['layers']) > 1)} {', '.join(map(str, example['layers']))}"
     return (
-        f'<p style="margin:2px 0"><small>layer{"s" * (len(one["layers"]) > 1)} {layers}, {show(one["activation"])}:'
-        "</small> "
+        f'<p style="margin:2px 0"><small>{where}, {show(example["activation"])}:</small> '
         f'<code style="white-space:pre-wrap">{text}</code></p>'
     )

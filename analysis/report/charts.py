@@ -1,8 +1,8 @@
-"""How the report draws: a frame with axes, and lines over layers, as HTML and SVG without a library or a script.
+"""The report's charts: a frame with axes, and lines over layers, as HTML and SVG without a library or a script.
 
-The data are an SVG that stretches to its width, and every label is HTML beside it, so that text keeps its size on a
-phone and colours follow the reader's light or dark theme (report.css). All text is escaped here. Fractions are of the
-plot's width and height, from the left and from the bottom.
+The data are drawn in an SVG that stretches to the width of the page, and every label is HTML over it, so that text
+keeps its size on a phone and colours follow the reader's light or dark theme (report.css). All text is escaped here.
+Positions are fractions of the plot's width and height, from the left and from the bottom.
 """
 
 import base64
@@ -18,29 +18,29 @@ VIRIDIS = (
     *("440154", "48186a", "472d7b", "424086", "3b528b", "33638d", "2c728e", "26828e", "21918c"),
     *("1fa088", "28ae80", "3fbc73", "5ec962", "84d44b", "addc30", "d8e219", "fde725"),
 )
-"""Seventeen evenly spaced colours of viridis, which is even in lightness and safe for colour-blind readers."""
+"""Seventeen evenly spaced colours of viridis, which is perceptually uniform and safe for colour-blind readers."""
 
 AFTER_BLOCK = "layer (after block)"
-"""Name of an axis of layers."""
+"""Label of an axis of layers."""
 
 
 class Plot:
     """A frame with axes: add lines, marks and labels in fractions of it, then render."""
 
     def __init__(self, label: str, height_rem: float) -> None:
-        """`label` is what a screen reader says; the numbers themselves stand in a table of the report."""
+        """`label` is what a screen reader says; the numbers themselves are in a table of the report."""
         self._label, self._height = label, height_rem
         self._shapes: list[str] = []
         self._texts: list[str] = []
 
     def line(self, points: Sequence[tuple[float, float]], kind: str) -> None:
-        """A line through `points`, broken where one is not finite (one by itself is a dash); kind: of report.css."""
+        """A line through `points`, broken where one is not finite (one alone is a dash); kind: class of report.css."""
         path, known = [], [*(math.isfinite(x) and math.isfinite(y) for x, y in points), False]
         for i, (x, y) in enumerate(points):
             if known[i]:
-                begun, alone = known[i - 1], not (known[i - 1] or known[i + 1])
+                alone = not (known[i - 1] or known[i + 1])  # known[-1] is False
                 left, down = 1000 * x - 10 * alone, (1 - y) * 1000
-                path.append(f"{'L' if begun else 'M'}{left:.1f} {down:.1f}{'h20' * alone}")
+                path.append(f"{'L' if known[i - 1] else 'M'}{left:.1f} {down:.1f}{'h20' * alone}")
         self._shapes.append(f'<path class="{kind}" d="{"".join(path)}"/>')
 
     def image(self, png: bytes) -> None:
@@ -57,13 +57,13 @@ class Plot:
         self._texts.append(f'<span class="{kind}" style="{_at(x, y)}">{escape(words)}</span>')
 
     def x_ticks(self, ticks: Sequence[tuple[float, str]], name: str) -> None:
-        """Labels below the frame and the axis' name with its unit."""
+        """Labels below the frame, and the axis label with its unit."""
         for at, words in ticks:
             self.text(at, 0, words, "xt")
         self.text(0.5, 0, name, "xl")
 
     def y_ticks(self, ticks: Sequence[tuple[float, str]], *, grid: bool = True) -> None:
-        """Labels at the left, with a faint line across at each."""
+        """Labels on the left, with a faint grid line at each."""
         for at, words in ticks:
             if grid:
                 self.line([(0, at), (1, at)], "grid")
@@ -78,9 +78,9 @@ class Plot:
 
 
 def layer_chart(results: Results, lines: Sequence[tuple[str, str, str]], name: str, x_name: str = AFTER_BLOCK) -> str:
-    """Columns of layers.parquet as lines over the layers, with the bounds of their intervals where there are any.
+    """Columns of layers.parquet as lines over the layers, with the bounds of their intervals if there are any.
 
-    lines: column, words in the legend, classes of report.css.
+    lines: column, legend, classes of report.css.
     """
     bounds = [(f"{column}_{end}", "", f"{kind} bound") for column, _, kind in lines for end in ("low", "high")]
     known = [line for line in (*lines, *bounds) if line[0] in results.layers]
@@ -95,9 +95,9 @@ def lines_chart(
     x_name: str = AFTER_BLOCK,
     height_rem: float = 13,
 ) -> str:
-    """Lines over L columns, from 0 or the lowest value up, with a legend where several have words.
+    """Lines over L columns, from 0 or the lowest value up, with a legend if several lines have text for it.
 
-    series: values [L], words in the legend, classes of report.css; numbers: [L] of the columns.
+    series: values [L], legend, classes of report.css; numbers: [L] of the columns.
     """
     series = [line for line in series if np.isfinite(line[0]).any()]
     highest = max([0.0, *(float(np.nanmax(values)) for values, _, _ in series)])
@@ -126,7 +126,7 @@ def layer_ticks(numbers: Sequence[int]) -> list[tuple[int, str]]:
 
 
 def log_ticks(end: float, at_most: int) -> list[int]:
-    """At most so many of 1, 2, 5, 10, 20, ... 10,000 up to `end`, evenly spaced from 1."""
+    """At most `at_most` of 1, 2, 5, 10, 20, ... 10,000 up to `end`, evenly spaced from 1."""
     ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000) if tick <= end]
     return ticks[:: -(-len(ticks) // at_most)]
 

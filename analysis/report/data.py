@@ -1,4 +1,4 @@
-"""What `analyze` has written, read back for the report and the figures.
+"""What `analyze` wrote, read back for the report and the figures.
 
 Numbers stay as they were written; null and NaN mean that a number is not defined.
 
@@ -21,7 +21,7 @@ from residscope.errors import ResidscopeError
 from residscope.reading import read_json, reading
 
 WEIGHTINGS = {"mass": "activation mass", "equal": "equal pairs (token, latent)", "latent": "equal latents"}
-"""The three weightings of the decomposition and what each counts as one."""
+"""The three weightings of the decomposition, and what each of them counts."""
 
 PARTS = {"within_token": "within a token", "between_tokens": "between tokens", "between_latents": "between latents"}
 """The three parts of the total variance, in the order in which they are stacked."""
@@ -46,11 +46,11 @@ class Results:
     """One run of `analyze`."""
 
     summary: dict[str, Any]
-    """summary.json as it is."""
+    """summary.json, unchanged."""
     layers: dict[str, np.ndarray]
     """Columns of layers.parquet, float64 [L] each; NaN where the file has null."""
     latents: dict[str, np.ndarray]
-    """Scalar columns of latents.parquet (`OPTIONAL_SCALARS` if there), live latents [J] ascending; NaN for null."""
+    """Scalar columns of latents.parquet (with any `OPTIONAL_SCALARS`), live latents [J] ascending; NaN for null."""
     counts: np.ndarray
     """Firings by latent and layer, int64 [J, L]."""
     probs: np.ndarray
@@ -99,7 +99,7 @@ class Results:
 
     @property
     def reference_ratio(self) -> float | None:
-        """How many times the token-level variance the aggregate would be by the reference's formula: 1 / rel_var_t."""
+        """Aggregate over token-level variance by the reference's formula, 1 / rel_var_t; None where not defined."""
         rel = self.number("variance", "mlsae_compat", "rel_var_t")
         return None if rel is None or rel <= 0 else 1 / rel
 

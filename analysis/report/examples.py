@@ -1,14 +1,14 @@
-"""What the report shows of an opened latent (contexts, histogram, neighbours), packed so that a page opens at once.
+"""What the report shows of an opened latent (contexts, histogram, neighbours), packed so that the page opens at once.
 
-Blocks of `PER_BLOCK` live latents, each base64 of deflated JSON, which report.js unpacks when a latent of it is opened,
-or all of them when a text is searched for. Where all would take more than there is room for, less is kept, by the first
-of `PLANS` that fits, and the page says what. One more block has the words that each latent fires on, for the table.
+Live latents are packed `PER_BLOCK` to a block, as base64 of deflated JSON. latent.js unpacks a block when one of its
+latents is opened, and all blocks to search for a text. Where there is not room for everything, the first of `PLANS`
+that fits says what is kept, and the page notes it. One more block has the words that each latent fires on.
 
-Content of a latent, empty keys left out: `histogram` (for each layer: its number, the first bin with a count, counts
-from there on), `near` (latent and cosine of its neighbours), `promoted`, `suppressed` (only where nearer to a token
-than random directions are), `explained` (layer, text, scores), and of its contexts (`analysis.latents.windows`)
-`texts` (text, lengths, place) and `contexts` (columns layer, layers, activation, levels; `foremost`: how many, the
-first, are the strongest of a layer).
+A latent's content, without empty keys: `histogram` (for each layer: its number, the first bin with a count, counts from
+there on), `near` (latent and cosine of its neighbours), `promoted`, `suppressed` (only if nearer to a token than random
+directions are), `explained` (layer, text, scores) and, for its contexts (`analysis.latents.windows`), `texts` (text,
+lengths, place) and `contexts` (columns layer, layers, activation, levels; `foremost`: how many contexts, from the first
+on, are the strongest of a layer).
 """
 
 import base64
@@ -27,9 +27,9 @@ from analysis.results.tables import read_table
 from residscope.console import ranges
 
 PER_BLOCK = 64  # live latents
-BUDGET = 12_600_000  # characters of all blocks together, if there is room in the page
-MAX_CONTEXTS = 2**19  # read of all latents
-_SAMPLED = 16  # one block in so many is packed first, to see whether a plan can fit
+BUDGET = 12_600_000  # characters of all blocks together, if the page has room
+MAX_CONTEXTS = 2**19  # read for all latents together
+_SAMPLED = 16  # one block in this many is packed first, to see whether a plan can fit
 
 
 class Plan(NamedTuple):
@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     contexts: int
     histogram: bool
     neighbours: int
-    share: float = 1.0  # of the latents, those that fire most, that have any of these
+    share: float = 1.0  # share of the latents, those that fire most, that have any of these
 
 
 PLANS = (
@@ -46,15 +46,15 @@ PLANS = (
     *(Plan(4, False, 3), Plan(2, False, 1), Plan(1, False, 1), Plan(1, False, 0)),
     *(Plan(1, False, 0, share) for share in (0.75, 0.5, 0.25, 0.1, 0.0)),
 )
-"""Tried in turn until the blocks fit; the last is used even if it does not."""
+"""Tried in turn until the blocks fit; the last is used even if they do not."""
 
 
 @dataclass
-class _Found:
-    """Everything about one latent that the first plan keeps."""
+class _Latent:
+    """Everything that the first plan keeps of a latent."""
 
     contexts: list[Context]
-    order: int  # its place among the latents, the one that fires most first
+    order: int  # its rank by firings, 0 for the latent that fires most
     words: list[str] = field(default_factory=list)
     histogram: list[list[int]] = field(default_factory=list)
     near: list[list[float]] = field(default_factory=list)
@@ -64,42 +64,44 @@ class _Found:
 def example_blocks(
     folder: Path, latents: np.ndarray, fired: np.ndarray, *, chance: float | None = None, budget: int = BUDGET
 ) -> str:
-    """The blocks as HTML, by `latents` [J] (ascending), after one of a note and the edges; empty with none to show.
+    """The blocks of `latents` [J] (ascending) as HTML, after one with the note and the edges; empty with none to show.
 
-    fired: [J] how often. chance: cosine to a token's logit above which tokens are told. budget: characters at most.
+    fired: [J], firings. chance: cosine to a token's logit above which tokens are shown. budget: characters at most.
     """
     contexts = read_contexts(folder / "examples.parquet", max(1, min(CONTEXTS, MAX_CONTEXTS // max(1, len(latents)))))
     order = np.argsort(np.argsort(-fired, kind="stable"), kind="stable").tolist()
-    of = {j: _Found(contexts.get(j, []), order[i]) for i, j in enumerate(latents.tolist())}
-    edges = _add_histograms(folder / "histograms.parquet", of)
-    _add_columns(folder / "latents.parquet", of)
-    told = _add_tokens(folder / "latent_logits.parquet", of, chance)
+    by_number = {j: _Latent(contexts.get(j, []), order[i]) for i, j in enumerate(latents.tolist())}
+    edges = _add_histograms(folder / "histograms.parquet", by_number)
+    _add_columns(folder / "latents.parquet", by_number)
+    has_tokens = _add_tokens(folder / "latent_logits.parquet", by_number, chance)
     for j, rows in read_explanations(folder / "explanations.parquet").items():
-        if j in of:
-            of[j].tokens |= {"explained": [(row["where"], row["explanation"] or "-", row["said"]) for row in rows]}
-    found = list(of.values())
-    if not any(one.contexts or one.histogram or one.near or one.tokens for one in found):
+        if j in by_number:
+            by_number[j].tokens["explained"] = [(row["where"], row["explanation"] or "-", row["said"]) for row in rows]
+    live = list(by_number.values())
+    if not any(latent.contexts or latent.histogram or latent.near or latent.tokens for latent in live):
         return ""
-    blocks, plan = _fitting(found, min(budget, BUDGET))
-    data = f'data-edges="{json.dumps(edges)}"' + (f' data-chance="{chance:.3g}"' if told and chance else "")
-    return "\n".join([f'<script type="text/plain" id="latent-note" {data}>{_note(plan, found)}</script>', *blocks])
+    blocks, plan = _fitting(live, min(budget, BUDGET))
+    data = f'data-edges="{json.dumps(edges)}"' + (f' data-chance="{chance:.3g}"' if has_tokens and chance else "")
+    return "\n".join([f'<script type="text/plain" id="latent-note" {data}>{_note(plan, live)}</script>', *blocks])
 
 
-def _fitting(found: list[_Found], budget: int) -> tuple[list[str], Plan]:
-    groups = [found[start : start + PER_BLOCK] for start in range(0, len(found), PER_BLOCK)]
+def _fitting(live: list[_Latent], budget: int) -> tuple[list[str], Plan]:
+    groups = [live[start : start + PER_BLOCK] for start in range(0, len(live), PER_BLOCK)]
     sample = groups[_SAMPLED // 2 :: _SAMPLED]
-    words = [_packed("latent-words", [one.words for one in found])] if any(one.words for one in found) else []
+    words = [_packed("latent-words", [latent.words for latent in live])] if any(latent.words for latent in live) else []
     budget -= sum(map(len, words))
-    for plan in PLANS:
-        kept, last = round(plan.share * len(found)), plan is PLANS[-1]
-        size = sum(len(_packed("latent-block-0", [_content(one, plan, kept) for one in group])) for group in sample)
-        if not last and size * len(groups) > 0.98 * budget * max(1, len(sample)):
-            continue
-        contents = ([_content(one, plan, kept) for one in group] for group in groups)
-        blocks = [_packed(f"latent-block-{i}", content) for i, content in enumerate(contents)]
-        if last or sum(map(len, blocks)) <= budget:
-            return [*words, *blocks], plan
-    raise AssertionError("the last plan always returns")
+
+    def pack(plan: Plan, groups: list[list[_Latent]]) -> list[str]:
+        kept = round(plan.share * len(live))
+        contents = ([_content(latent, plan, kept) for latent in group] for group in groups)
+        return [_packed(f"latent-block-{i}", content) for i, content in enumerate(contents)]
+
+    for plan in PLANS[:-1]:
+        if sum(map(len, pack(plan, sample))) * len(groups) <= 0.98 * budget * max(1, len(sample)):
+            blocks = pack(plan, groups)
+            if sum(map(len, blocks)) <= budget:
+                return [*words, *blocks], plan
+    return [*words, *pack(PLANS[-1], groups)], PLANS[-1]
 
 
 def _packed(block_id: str, content: Any) -> str:
@@ -107,37 +109,36 @@ def _packed(block_id: str, content: Any) -> str:
     return f'<script type="text/plain" id="{block_id}">{base64.b64encode(data).decode()}</script>'
 
 
-def _content(one: _Found, plan: Plan, kept: int) -> dict[str, Any]:
-    """What a plan keeps of a latent; of those from place `kept` on, only its tokens."""
-    content: dict[str, Any] = dict(one.tokens)
-    own, near = one.contexts[: plan.contexts], one.near[: plan.neighbours]
-    if one.order >= kept:
+def _content(latent: _Latent, plan: Plan, kept: int) -> dict[str, Any]:
+    """What a plan keeps of a latent: only its tokens, if its rank is `kept` or more."""
+    content: dict[str, Any] = dict(latent.tokens)
+    if latent.order >= kept:
         return content
-    if own:
-        content["texts"] = [context[:3] for context in own]
-        columns = {name: [getattr(context, name) for context in own] for name in ("layer", "activation", "levels")}
-        columns["layers"] = [ranges(context.layers, ", ") for context in own]
-        content["contexts"] = columns | {"foremost": sum(context.foremost for context in own)}
-    if near:
+    if contexts := latent.contexts[: plan.contexts]:
+        content["texts"] = [context[:3] for context in contexts]
+        columns = {name: [getattr(context, name) for context in contexts] for name in ("layer", "activation", "levels")}
+        columns["layers"] = [ranges(context.layers, ", ") for context in contexts]
+        content["contexts"] = columns | {"foremost": sum(context.foremost for context in contexts)}
+    if near := latent.near[: plan.neighbours]:
         content["near"] = near
-    return content | {"histogram": one.histogram} if plan.histogram and one.histogram else content
+    return content | {"histogram": latent.histogram} if plan.histogram and latent.histogram else content
 
 
-def _note(plan: Plan, found: list[_Found]) -> str:
-    """What is left out, in one sentence; empty where nothing is."""
-    left = []
-    if any(len(one.contexts) > plan.contexts for one in found):
-        left.append(f"{plan.contexts} context{'s' * (plan.contexts != 1)} of a latent")
+def _note(plan: Plan, live: list[_Latent]) -> str:
+    """What the page was limited to, in one sentence; empty if nothing is left out."""
+    limits = []
+    if any(len(latent.contexts) > plan.contexts for latent in live):
+        limits.append(f"{plan.contexts} context{'s' * (plan.contexts != 1)} per latent")
     if plan.share < 1:
-        left.append(f"of the {round(plan.share * len(found)):,} latents that fire most only")
-    if any(one.histogram for one in found) and not plan.histogram:
-        left.append("no histogram")
-    if any(len(one.near) > plan.neighbours for one in found):
-        left.append(f"{plan.neighbours or 'no'} neighbour{'s' * (plan.neighbours != 1)}")
-    return f"To keep this page small: {', '.join(left)}; the parquet files hold all." if left else ""
+        limits.append(f"only for the {round(plan.share * len(live)):,} latents that fire most")
+    if any(latent.histogram for latent in live) and not plan.histogram:
+        limits.append("no histogram")
+    if any(len(latent.near) > plan.neighbours for latent in live):
+        limits.append(f"{plan.neighbours or 'no'} neighbour{'s' * (plan.neighbours != 1)}")
+    return f"To keep this page small: {', '.join(limits)}; the parquet files have everything." if limits else ""
 
 
-def _add_histograms(path: Path, of: dict[int, _Found]) -> list[float]:
+def _add_histograms(path: Path, by_number: dict[int, _Latent]) -> list[float]:
     """Counts by layer, without the empty bins at either end; returns the bins' edges."""
     if not path.is_file() or (table := read_table(path)).num_rows == 0:
         return []
@@ -147,27 +148,28 @@ def _add_histograms(path: Path, of: dict[int, _Found]) -> list[float]:
     first, stop = some.argmax(axis=1), some.shape[1] - some[:, ::-1].argmax(axis=1)
     columns = (table["latent"].to_pylist(), table["layer"].to_pylist(), first.tolist(), stop.tolist(), counts.tolist())
     for latent, layer, low, high, numbers in zip(*columns, strict=True):
-        of[latent].histogram.append([layer, low, *numbers[low:high]])
+        by_number[latent].histogram.append([layer, low, *numbers[low:high]])
     edges = json.loads((table.schema.metadata or {}).get(b"edges", b"[]"))
     return [float(f"{edge:.4g}") for edge in edges]
 
 
-def _add_columns(path: Path, of: dict[int, _Found]) -> None:
+def _add_columns(path: Path, by_number: dict[int, _Latent]) -> None:
     known = set(pq.read_schema(path).names)
     names = [name for name in ("neighbours", "neighbour_cosines", "fires_on") if name in known]
     for row in read_table(path, columns=["latent", *names]).to_pylist():
-        if one := of.get(row["latent"]):
+        if latent := by_number.get(row["latent"]):
             pairs = zip(row.get("neighbours") or (), row.get("neighbour_cosines") or (), strict=True)
-            one.near = [[other, float(f"{cosine:.3g}")] for other, cosine in pairs]
-            one.words = row.get("fires_on") or []
+            latent.near = [[other, float(f"{cosine:.3g}")] for other, cosine in pairs]
+            latent.words = row.get("fires_on") or []
 
 
-def _add_tokens(path: Path, of: dict[int, _Found], chance: float | None) -> bool:
-    """Tokens that latents promote and suppress, of those nearer to one than chance; whether there is such a file."""
+def _add_tokens(path: Path, by_number: dict[int, _Latent], chance: float | None) -> bool:
+    """Tokens that latents promote and suppress, if their cosine is above chance; returns whether the file is there."""
     if not path.is_file():
         return False
     for row in read_table(path, columns=["latent", "promoted", "suppressed", "unembedding_cosine"]).to_pylist():
         cosine = row.pop("unembedding_cosine")
-        if (one := of.get(row.pop("latent"))) and (chance is None or cosine > chance):
-            one.tokens = row
+        latent = by_number.get(row.pop("latent"))
+        if latent and (chance is None or cosine > chance):
+            latent.tokens = row
     return True

@@ -1,7 +1,7 @@
 """The four figures of an analysis as files: layer profile, variance, reconstruction and downstream by layer.
 
-`write_figures` draws with matplotlib, each as PNG (200 dpi) and SVG (text kept as text), the same bytes for the same
-results, for half a page of a paper. Without matplotlib (`pip install residscope[plots]`) nothing is written.
+`write_figures` draws each with matplotlib as PNG (200 dpi) and SVG (text stays text), to fill half a page of a paper;
+the same results give the same bytes. Without matplotlib (`pip install residscope[plots]`) nothing is written.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE = "#0072b2", "#e69f00"
-"""Okabe and Ito's: told apart by colour-blind readers; line styles differ as well."""
+"""From the palette of Okabe and Ito, safe for colour-blind readers; line styles differ as well."""
 
 COLOURS = {"within_token": BLUE, "between_tokens": ORANGE, "between_latents": "#b8bec6"}
 """The two parts of the aggregate in colour, the rest in grey."""
 
 INK, FAINT, GRID, REFERENCE = "#1d2530", "#6b7480", "#e3e6ea", "#b5378a"
 CURVES = {"ours": (BLUE, "-"), "ours dotted": (BLUE, ":"), "other dashed": (ORANGE, "--"), "base dashed": (FAINT, "--")}
-"""Colour and dashes for the classes of report.css that the sections give their lines."""
+"""Colour and dashes for the report.css classes of the sections' lines."""
 
 STYLE: dict[str, Any] = (
     {"font.family": "sans-serif", "font.size": 9.5}
@@ -78,7 +78,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def _layer_profile(results: Results) -> "Figure | None":
-    """P(layer | latent): a column per bin of latents in the order of their mean layer, a row per layer."""
+    """P(layer | latent): a column per bin of latents, sorted by mean layer, and a row per layer."""
     from matplotlib.colors import PowerNorm
 
     heat = heat_map(results)
@@ -91,11 +91,11 @@ def _layer_profile(results: Results) -> "Figure | None":
     image = axes.imshow(heat.share, norm=norm, extent=extent, **style)
     axes.spines[:].set_visible(False)
     axes.set_title(layer_profile_title(results))
-    each = f"; a column: mean of {show(heat.per_bin, 2)}" if heat.per_bin > 1 else ""
+    each = f"; each column the mean of {show(heat.per_bin, 2)}" if heat.per_bin > 1 else ""
     axes.set_xlabel(f"live latents, sorted by mean layer{each}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_ylabel(AFTER_BLOCK)
-    _set_layer_ticks(axes.yaxis, results)
+    axes.yaxis.set_ticks(*zip(*layer_ticks(results.layer_numbers), strict=True))
     bar = figure.colorbar(image, pad=0.015, aspect=24, extend="max", extendfrac=0.03)
     bar.set_ticks([tick for tick in SHARE_TICKS if tick <= heat.top], minor=False)
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -116,7 +116,7 @@ def _variance(results: Results) -> "Figure":
 
 
 def _share_axes(axes: Any, results: Results) -> None:
-    """A stacked bar for each weighting, and in place of the reference's why there is none."""
+    """A stacked bar for each weighting and, for the reference, a note on why there is none."""
     for row, weighting in enumerate(WEIGHTINGS):
         shares = variance_shares(results, weighting)
         for part, bar in stacked_bar(axes, row, shares).items():
@@ -153,7 +153,7 @@ def _ratio_axes(axes: Any, results: Results) -> None:
 
 
 def stacked_bar(axes: Any, row: int, values: Mapping[str, float]) -> dict[str, Any]:
-    """The parts of a variance end to end; returns the bars by part. The first row's stand in the legend."""
+    """The parts of a variance end to end; returns the bars by part. The legend names those of row 0."""
     bars, left = {}, 0.0
     for part, value in values.items():
         label = PARTS[part] if row == 0 else None
@@ -166,7 +166,7 @@ def stacked_bar(axes: Any, row: int, values: Mapping[str, float]) -> dict[str, A
 def ratio_row(
     axes: Any, row: int, ratio: float | None, bounds: Any, words: str, legend: str | None = None, ha: str = "center"
 ) -> None:
-    """A ratio with its interval, from low to high or None, and `words` above it."""
+    """A ratio with its interval (low, high) or None, and `words` above it."""
     if ratio is None:
         axes.text(1.1, row, "not defined", va="center", color=FAINT)
         return
@@ -176,7 +176,7 @@ def ratio_row(
 
 
 def reference_mark(axes: Any, row: int, ratio: float | None, up: float, legend: str | None = None) -> None:
-    """The ratio by the reference's formula, where there is one, and its number `up` points above."""
+    """The ratio by the reference's formula, if there is one, with its number `up` points above."""
     if ratio is not None:
         style = {"color": REFERENCE, "markersize": 5.5, "markerfacecolor": "white", "markeredgewidth": 1.5}
         axes.plot(ratio, row, "D", label=legend, **style)
@@ -197,7 +197,7 @@ def log_axis(axes: Any, start: float, end: float, label: str) -> None:
 
 
 def no_left_axis(axes: Any) -> None:
-    """Rows with names need no line at the left."""
+    """Hide the line and ticks on the left, which named rows do not need."""
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
 
@@ -219,18 +219,18 @@ def _downstream(results: Results) -> "Figure | None":
 
 
 def _with_bounds(results: Results, lines: Sequence[tuple[str, str, str]]) -> list[Any]:
-    """Columns of layers.parquet as `_over_layers` takes lines, with the bounds that the file has of them."""
+    """Columns of layers.parquet as lines for `_over_layers`, with the bounds that the file has for them."""
     ends, columns = ("low", "high"), results.layers
     return [
-        (columns[name], words, kind, *(columns[key] for end in ends if (key := f"{name}_{end}") in columns))
+        (columns[name], words, kind, *(columns[f"{name}_{end}"] for end in ends if f"{name}_{end}" in columns))
         for name, words, kind in lines
     ]
 
 
 def _over_layers(results: Results, title: str, x_name: str, *panels: tuple[str, Sequence[Any]]) -> "Figure":
-    """Two plots, one above the other, on one axis of layers.
+    """Two plots, one above the other, that share the axis of layers.
 
-    panels: the y axis' name and lines: values [L], words of the legend, class of report.css, perhaps the bounds [L] of
+    panels: label of the y axis, and lines: values [L], legend, class of report.css and, where known, the bounds [L] of
     their 95 % intervals.
     """
     figure = new_figure(6.4, 4.2)
@@ -252,9 +252,5 @@ def _over_layers(results: Results, title: str, x_name: str, *panels: tuple[str, 
         axes.set_axisbelow(True)
     upper.set_title(fill(title, 70))
     lower.set_xlabel(x_name)
-    _set_layer_ticks(lower.xaxis, results)
+    lower.xaxis.set_ticks(*zip(*layer_ticks(results.layer_numbers), strict=True))
     return figure
-
-
-def _set_layer_ticks(axis: Any, results: Results) -> None:
-    axis.set_ticks(*zip(*layer_ticks(results.layer_numbers), strict=True))

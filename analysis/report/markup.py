@@ -1,6 +1,6 @@
 """What the report's sections are made of: numbers as text, HTML tables and figures, template files, packed data.
 
-What is not defined (null, NaN, infinite) is shown as an en dash. Functions take HTML, or say that they escape text.
+Undefined numbers (null, NaN, infinite) are shown as an en dash. Functions take HTML unless they say that they escape.
 """
 
 import base64
@@ -26,11 +26,11 @@ class Section(NamedTuple):
     """A part of the page, named in its table of contents."""
 
     title: str
-    """Heading, plain text."""
+    """Heading, as plain text."""
     body: str
     """HTML."""
     data: str = ""
-    """Data blocks that its script reads, from `pack_arrays`."""
+    """Data blocks for its script, from `pack_arrays`."""
 
 
 def show(value: Any, digits: int = 3) -> str:
@@ -66,7 +66,7 @@ def between(bounds: tuple[float, float] | None) -> str:
 
 
 def small(bounds: tuple[float, float] | None) -> str:
-    """An interval in small print, to stand after its number; empty where there is none."""
+    """An interval in small print, to follow its number; empty where there is none."""
     return "" if bounds is None else f"<small>{between(bounds)}</small>"
 
 
@@ -76,7 +76,7 @@ def with_interval(results: Results, *keys: str) -> str:
 
 
 def prose(text: str) -> str:
-    """A message as HTML, with flags and what stands between backticks as code, so that no line ends inside a flag."""
+    """A message as HTML: flags, and text between backticks, become code, so that no line breaks inside a flag."""
     return re.sub(r"`([^`]+)`|(--[\w-]+)", r"<code>\1\2</code>", escape(text))
 
 
@@ -92,7 +92,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") ->
 
 
 def layer_table(results: Results, shown: Sequence[tuple[str, str, Callable[[Any], str]]]) -> str:
-    """Columns of layers.parquet (name, heading, and how a value is shown) as a table, with their intervals."""
+    """Columns of layers.parquet (name, heading, formatter) as a table, with their intervals."""
 
     def cells(i: int) -> list[str]:
         return [form(results.layers[name][i]) + small(results.layer_bounds(name, i)) for name, _, form in shown]
@@ -102,13 +102,13 @@ def layer_table(results: Results, shown: Sequence[tuple[str, str, Callable[[Any]
 
 
 def figure(title: str, chart: str, caption: str = "", kind: str = "") -> str:
-    """A chart under its title, which states the finding and is escaped here."""
+    """A chart below its title, which states the finding and is escaped here."""
     below = f"<figcaption>{caption}</figcaption>" if caption else ""
     return f'<figure class="{kind}"><h3>{escape(title)}</h3>{chart}{below}</figure>'
 
 
 def columns(*parts: str) -> str:
-    """Parts side by side, on a narrow screen below each other."""
+    """Parts side by side; on a narrow screen, one below the other."""
     return f'<div class="columns">{"".join(parts)}</div>'
 
 

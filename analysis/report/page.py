@@ -1,8 +1,8 @@
 """report.html: one self-contained page with the findings, the figures and every live latent of an analysis.
 
-The page loads nothing: style, scripts and data are in it, and a content security policy forbids every request,
-and every script but its own, by hash. Whatever comes from the files is escaped where a section puts it into HTML. On
-top stand the finding in one sentence, the tokens that it holds for, warnings, and the main numbers.
+The page loads nothing: styles, scripts and data are inline, and a content security policy forbids every request and
+every script but its own, which it allows by hash. Sections escape whatever they take from the files. The page opens
+with the finding in one sentence, the tokens it holds for, warnings, and the main numbers.
 """
 
 import base64
@@ -20,12 +20,12 @@ RATIO = ("variance", "mass", "aggregate_over_token")
 
 
 def page_header(results: Results) -> str:
-    """What a reader should know who reads nothing else."""
+    """What a reader should know even if they read nothing else."""
     other = "The reference's formula gives no number here: its rel_var_t is zero or not defined."
     if results.reference_ratio is not None:
         other = (
-            f"The reference's formula gives {show(results.reference_ratio)} on the same codes, but what it divides are "
-            'not variances: <a href="#variance">why they differ</a>.'
+            f"The reference's formula gives {show(results.reference_ratio)} on the same codes, but the quantities it "
+            'divides are not variances: <a href="#variance">why they differ</a>.'
         )
     return fill(
         "header.html",
@@ -56,7 +56,7 @@ def headline(results: Results) -> str:
 
 
 def _main_numbers(results: Results) -> list[tuple[str, str, str]]:
-    """Name, value, and a few words on unit, direction or interval."""
+    """Name, value, and a few words on the unit, direction or interval of each."""
     ratio_bounds, fvu_bounds = results.bounds(*RATIO), results.bounds("reconstruction", "fvu")
     live, n_latents = results.number("latents", "active") or 0.0, results.number("n_latents") or 0.0
     held_out = results.number("validation_fvu")
@@ -66,14 +66,14 @@ def _main_numbers(results: Results) -> list[tuple[str, str, str]]:
     fvu_words = (
         "lower is better"
         + (f"; 95 % interval {between(fvu_bounds)}" if fvu_bounds else "")
-        + (f"; without few tokens {show(few)}" if few is not None else "")
+        + (f"; without outlier tokens {show(few)}" if few is not None else "")
         + (f"; held-out text {show(held_out)}" if held_out is not None else "")
     )
     k = results.get("provenance", "sae", "k")
     k_words = "active latents per vector" + (f"; k = {integer(k)}" if k else "")
     return [
         ("Aggregate / token-level variance", show(results.number(*RATIO)), ratio_words or "no interval computed"),
-        ("The same by the reference's formula", show(results.reference_ratio), "not a ratio of variances"),
+        ("The same ratio by the reference's formula", show(results.reference_ratio), "not a ratio of variances"),
         ("Tokens", integer(results.get("n_tokens")), f"in {integer(results.get('split', 'n_documents'))} documents"),
         ("Live latents", integer(live), live_words),
         ("FVU, mean over layers", show(results.number("reconstruction", "fvu")), fvu_words),
@@ -85,14 +85,14 @@ SECTIONS = (
     *("variance", "latents", "prompt", "layers", "persistence", "nulls", "kinds", "redundancy", "contexts"),
     *("reconstruction", "downstream", "training", "provenance", "method"),
 )
-"""The page in order. Each name is a module of analysis/report/sections, whose `section` makes it, and its anchor."""
+"""The sections in page order. Each name is a module of analysis/report/sections, which makes it, and its anchor."""
 
 
 def write_report(out_dir: Path) -> Path:
-    """Write the figures and report.html into `out_dir`, from the files of `analyze` there.
+    """Write the figures and report.html into `out_dir`, from the files that `analyze` wrote there.
 
-    Returns the page's path. Without matplotlib there are no figure files; the page draws its own and is complete.
-    Raises ResidscopeError for a missing file, IncompatibleError for files of another schema_version.
+    Returns the page's path. Without matplotlib no figure files are written; the page draws its own and is complete.
+    Raises ResidscopeError for a missing file, IncompatibleError for files with another schema_version.
     """
     results = load_results(out_dir)
     write_figures(results, out_dir)

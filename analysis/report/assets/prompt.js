@@ -1,13 +1,13 @@
-// Heat maps: of prompts, layer x latent and layer x token; of a latent's activations. Uses report.js.
+// Heat maps of prompts (layer x latent and layer x token) and of a latent's activations. Uses report.js.
 
-/** An element of a class, with text and CSS properties. */
+/** An element with a class, text and CSS properties. */
 function element(tag, className, text = "", style = {}) {
   const made = Object.assign(document.createElement(tag), { className, textContent: text });
   Object.assign(made.style, style);
   return made;
 }
 
-/** The values [rows x columns] as a picture of one pixel each, last row on top; by their logarithm, 0 is transparent. */
+/** The values [rows x columns] as a picture, one pixel each, last row on top. `log`: colour by logarithm, 0 transparent. */
 function heatCanvas(values, height, n, colours, top, log) {
   const canvas = Object.assign(document.createElement("canvas"), { width: Math.max(1, n), height: Math.max(1, height) });
   const context = canvas.getContext("2d"), image = context.createImageData(canvas.width, canvas.height);
@@ -20,14 +20,14 @@ function heatCanvas(values, height, n, colours, top, log) {
   return canvas;
 }
 
-/** A map of values [rows x columns], last row on top, into `place`; `say(row, column, value)` where the pointer is, or
-    where arrow keys go, `pick(column)` where one is chosen. */
+/** Draw values [rows x columns] as a map in `place`, last row on top. `say(row, column, value)` is called where the pointer
+    or the arrow keys go, `pick(column)` when a column is chosen. */
 function heatMap(place, values, rows, columns, colours, { name, chosen = -1, pick, say, labels = true, log = false, unit = "activation" }) {
   const n = columns.length, height = rows.length, top = values.reduce((a, b) => Math.max(a, b), 0);
   const canvas = heatCanvas(values, height, n, colours, top, log);
   const described = { role: "img", tabindex: 0, "aria-label": `Heat map of ${name}: ${height} layers, ${n} columns, highest value ${(log ? integer : show)(top)}. Arrow keys read its cells.` };
   for (const [attribute, words] of Object.entries(described)) canvas.setAttribute(attribute, words);
-  /** Every so many names along an edge of the map, so that at most `most` stand there. */
+  /** Names along an edge of the map, evenly skipped so that at most `most` remain. */
   const named = (className, names, most, style) => {
     const every = Math.ceil(names.length / most), edge = element("div", className);
     names.forEach((text, i) => { if (i % every === 0) edge.append(element("span", "", text, style(i))); });
@@ -47,7 +47,7 @@ function heatMap(place, values, rows, columns, colours, { name, chosen = -1, pic
   }
   if (!n) return;
   const at = { r: 0, c: 0 };
-  /** Say a cell, the nearest one there is, and frame it. */
+  /** Frame the cell nearest to (r, c) and say what it holds. */
   const read = (r, c) => {
     [at.r, at.c] = [Math.min(height - 1, Math.max(0, r)), Math.min(n - 1, Math.max(0, c))];
     const box = canvas.getBoundingClientRect(), size = [box.width / n, box.height / height];
@@ -69,7 +69,7 @@ function heatMap(place, values, rows, columns, colours, { name, chosen = -1, pic
   });
 }
 
-/** 256 colours [red, green, blue] from a few anchors in hexadecimal. */
+/** 256 colours [red, green, blue] interpolated between hexadecimal anchors. */
 function ramp(anchors) {
   const points = anchors.map((hex) => [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16)));
   return Array.from({ length: 256 }, (_, i) => {
@@ -95,7 +95,7 @@ async function promptView(view) {
     return values;
   };
   const byMeanLayer = (ranks) => ranks.sort((a, b) => latents[a][1] - latents[b][1] || latents[a][0] - latents[b][0]);
-  /** The strongest latents over all tokens, or at one. */
+  /** The most specific latents, or the strongest at the chosen token, by mean layer. */
   const strongest = (n) => {
     if (state.token < 0) return byMeanLayer(latents.slice(0, n).map((_, rank) => rank));
     const mass = new Float64Array(latents.length);
@@ -150,6 +150,6 @@ async function promptView(view) {
 }
 
 for (const view of document.querySelectorAll(".prompt")) reported(promptView(view), "maps", view.querySelector(".readout"));
-// Tables and maps have moved what the browser went to; where it was before, it goes itself.
+// Tables and maps have moved the section that the address names; scroll there again, unless the browser restores its place.
 const arrived = performance.getEntriesByType("navigation")[0]?.type === "navigate";
 Promise.all(made).then(() => { if (arrived && !location.hash.startsWith("#latent-")) document.getElementById(location.hash.slice(1))?.scrollIntoView(); });

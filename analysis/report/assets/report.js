@@ -23,7 +23,7 @@ async function inflate(block) {
   return new Response(stream).arrayBuffer();
 }
 
-/** 16-bit floats from 0 on as 32-bit floats; NaN for what is none. */
+/** Non-negative 16-bit floats as 32-bit floats; NaN for infinite or negative ones. */
 function fromHalf(bits) {
   const table = new Float32Array(0x10000).fill(NaN);
   for (let b = 0; b < 0x7c00; b++) {
@@ -32,15 +32,15 @@ function fromHalf(bits) {
   return Float32Array.from(bits, (b) => table[b]);
 }
 
-/** Rows of parts of the row's highest as rows that sum to 1. */
+/** Scale rows to sum to 1; their values are parts of the row's highest. */
 function toShares(parts, width) {
   const sums = new Float32Array(parts.length / width);
   parts.forEach((part, i) => { sums[Math.floor(i / width)] += part; });
   return Float32Array.from(parts, (part, i) => part / sums[Math.floor(i / width)]);
 }
 
-/** Text with what cannot be seen, or turns the direction of writing, made visible: as residscope/escape.py, with signs for
-    what has one. */
+/** Text with characters that cannot be seen, or change the writing direction, made visible: as residscope/escape.py does,
+    but with a symbol where there is one. */
 function signs(text) {
   return text.replace(/[\0-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]/g, (sign) => ({ "\n": "\u23ce", "\t": "\u2192" })[sign]
     ?? (sign < " " ? String.fromCharCode(0x2400 + sign.charCodeAt(0)) : `\\u${sign.charCodeAt(0).toString(16).padStart(4, "0")}`));
@@ -65,15 +65,15 @@ function percent(p) {
   return p < 1e-4 ? "< 0.01 %" : `${(100 * p).toPrecision(p < 0.1 ? 2 : 3)} %`;
 }
 
-/** The numbers of a latent, in the table, when it is opened, and to sort by. `wide`: not on a phone; `rest`: not in the table. */
+/** A latent's numbers: columns of the table, facts of an opened row, and sort keys. `wide`: not on a phone; `rest`: not in the table. */
 const COLUMNS = [
   { key: "latent", name: "Latent", format: String },
-  { key: "match", name: "Match", hint: "share of its contexts that are about what was asked, 0 to 1", format: show },
+  { key: "match", name: "Match", hint: "share of its contexts that match the search, 0 to 1", format: show },
   { key: null, name: "Fires on", hint: "words that set its top contexts apart from the text as a whole", words: true },
-  { key: "kind", name: "Kind", hint: "of its layer profile", wide: true },
-  { key: null, name: "P(layer | latent)", hint: "first layer at the left; each row scaled to its own highest layer" },
+  { key: "kind", name: "Kind", hint: "kind of its layer profile", wide: true },
+  { key: null, name: "P(layer | latent)", hint: "first layer on the left; each row is scaled to its own highest layer" },
   { key: "count", name: "Firings", hint: "(token, layer) pairs at which it fired", format: integer },
-  { key: "n_tokens", name: "Tokens", hint: "tokens at which it fired at at least one layer", format: integer, rest: true },
+  { key: "n_tokens", name: "Tokens", hint: "tokens at which it fired at one layer or more", format: integer, rest: true },
   { key: "mass_share", name: "Share of mass", hint: "of the activation mass of all latents", format: percent, rest: true },
   { key: "mean", name: "Mean activation", hint: "units of the standardised residual stream", format: show, rest: true },
   { key: "layer_mean", name: "Mean layer", hint: "mean of P(layer | latent)", format: show },
@@ -84,7 +84,7 @@ const COLUMNS = [
   { key: "n_layers_active", name: "Layers active", hint: "layers at which it fired at least once", format: integer, rest: true },
 ];
 
-/** Bars over layers as SVG shapes, 1000 x 1000; with `tips`, each layer says its value when pointed at. */
+/** Bars over layers as an SVG of 1000 x 1000; with `tips`, each layer shows its value as a tooltip. */
 function bars(values, tips) {
   const width = 1000 / values.length;
   const top = Math.max(...values) || 1;
@@ -97,7 +97,7 @@ function bars(values, tips) {
   return `<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true"><path class="share" d="${path}"/>${hover}</svg>`;
 }
 
-/** One small chart of a latent: bars over the layers, the highest value and a few layers named. */
+/** A small chart of a latent: bars over the layers, with the highest value and a few layers labelled. */
 function layerPanel(title, values, format, layers) {
   const tips = values.map((value, i) => `layer ${layers[i]}: ${format(value)}`);
   const last = layers.length - 1;
@@ -119,17 +119,17 @@ function panelsHtml(row, data, layers) {
     + layerPanel("Mean activation where it fired (standardised units)", means, show, layers);
 }
 
-/** All numbers of an opened row. */
+/** All the numbers of an opened row. */
 function factsHtml(columns, row, data) {
   const facts = columns.filter((c) => c.key && !["latent", "match"].includes(c.key)).map((c) => [c.name, c.format(data[c.key][row]), c.hint]);
   facts.push(["Within a token", `${show(data.within_token[row])} layers\u00b2`, "part of the variance of its layer"]);
   facts.push(["Between tokens", `${show(data.between_tokens[row])} layers\u00b2`, "part of the variance of its layer"]);
   if (data.context_chance) facts.push(["Context overlap by chance", show(data.context_chance[row]), "0 to 1"]);
-  if (data.within_token[row] === 0) facts.push(["Aggregate / token: not defined", "one layer a token"]);
+  if (data.within_token[row] === 0) facts.push(["Aggregate / token: not defined", "one layer per token"]);
   return `<dl>${facts.map(([name, value, hint]) => `<div title="${hint ?? ""}"><dt>${name}</dt><dd>${value}</dd></div>`).join("")}</dl>`;
 }
 
-/** Share of a row's mass at layers from `low` to `high`, both included. */
+/** Share of a row's mass at layers `low` to `high`, inclusive. */
 function massBetween(probs, row, layers, low, high) {
   return layers.reduce((sum, layer, i) => sum + (low <= layer && layer <= high ? probs[row * layers.length + i] : 0), 0);
 }
@@ -138,7 +138,7 @@ function profile(matrix, row, layers) {
   return Array.from(matrix.subarray(row * layers.length, (row + 1) * layers.length));
 }
 
-/** Whether a number meets a search such as "17, 40-60", as a function; null for a search without numbers. */
+/** A test whether a number is in a search such as "17, 40-60"; null for a search without numbers. */
 function numberTest(text) {
   const ranges = [...text.matchAll(/(\d+)(?:\s*[-\u2013]\s*(\d+))?/g)].map((m) => [Number(m[1]), Number(m[2] ?? m[1])]);
   return ranges.length ? (n) => ranges.some(([low, high]) => low <= n && n <= high) : null;
@@ -178,15 +178,14 @@ async function latentTable(block) {
     state.asked = query;
     data.match = new Float32Array(isText ? n : 0);
     for (const hit of hits) data.match[hit.latent] = hit.score;
-    const byText = isText ? (i) => data.match[i] > 0 : null, asked = byText ? null : numberTest(text);
+    const byNumber = isText ? null : numberTest(text);
     const bounds = limits.filter((input) => input.value !== "").map((input) => [data[input.dataset.column], input.dataset.end === "low" ? 1 : -1, Number(input.value)]);
-    const rows = [], range = from.value !== "" || to.value !== "", wanted = kind.value && kinds.indexOf(kind.value);
+    const limited = from.value !== "" || to.value !== "", wanted = kind.value && kinds.indexOf(kind.value);
     const [low, high] = [from.value === "" ? -Infinity : Number(from.value), to.value === "" ? Infinity : Number(to.value)];
-    for (let i = 0; i < n; i++) {
-      if (wanted !== "" && data.kind[i] !== wanted) continue;
-      if (range && massBetween(data.probs, i, layers, low, high) < 0.5) continue;
-      if ((!asked || asked(data.latent[i])) && (!byText || byText(i)) && bounds.every(([values, sign, bound]) => sign * (values[i] - bound) >= 0)) rows.push(i);
-    }
+    const rows = [...data.latent.keys()].filter((i) => (isText ? data.match[i] > 0 : !byNumber || byNumber(data.latent[i]))
+      && (wanted === "" || data.kind[i] === wanted)
+      && !(limited && massBetween(data.probs, i, layers, low, high) < 0.5)
+      && bounds.every(([values, sign, bound]) => sign * (values[i] - bound) >= 0));
     const values = data[state.key], sign = state.down ? -1 : 1;
     const place = (i) => (Number.isFinite(values[i]) ? sign * values[i] : Infinity); // undefined numbers last
     state.rows = rows.sort((a, b) => { const [x, y] = [place(a), place(b)]; return x < y ? -1 : x > y ? 1 : a - b; });
@@ -205,7 +204,7 @@ async function latentTable(block) {
     return `<tr data-row="${i}">${cells.join("")}</tr>${open ? detailHtml(i) : ""}`;
   }
 
-  /** An opened latent: a line that stays in sight, its examples (filled in when they are unpacked), its charts. */
+  /** An opened latent: a header line that stays in sight, examples (filled in once unpacked), charts. */
   function detailHtml(i) {
     const latent = data.latent[i];
     return `<tr class="detail" data-detail="${i}"><td colspan="${shownColumns.length}"><div class="head"><b>Latent ${latent}</b>
@@ -215,7 +214,7 @@ async function latentTable(block) {
       ${factsHtml(columns, i, data)}</td></tr>`;
   }
 
-  /** What an opened latent shows from its packed block. */
+  /** Fill in what an opened latent shows from its packed block. */
   async function fillDetail(place) {
     const row = Number(place.dataset.detail), block = await content(`block-${Math.floor(row / PER_BLOCK)}`);
     if (!block) { place.querySelector(".looks").remove(); return; }
@@ -240,11 +239,10 @@ async function latentTable(block) {
     sort.querySelector('[value="match"]').disabled = !state.asked;
     order.textContent = state.down ? "\u2193 highest first" : "\u2191 lowest first";
     status.textContent = state.rows.length === n ? `${integer(n)} live latents` : `${integer(state.rows.length)} of ${integer(n)} live latents`;
-    if (state.asked && state.key === "match" && state.down) status.textContent += ", the most specific to it first";
-    if (n && !state.rows.length) status.textContent = state.asked && within.value === "promoted" ? "No latent whose direction is above chance promotes that token."
-      : state.asked
-      ? "No latent has it among the contexts on this page, where each has its strongest; one that fires on it more weakly may be there all the same."
-      : "No live latent matches: it is either dead in these tokens or filtered out.";
+    if (state.asked && state.key === "match" && state.down) status.textContent += ", the most specific first";
+    if (n && !state.rows.length) status.textContent = !state.asked ? "No live latent matches: it is dead on these tokens or filtered out."
+      : within.value === "promoted" ? "No latent whose direction is above chance promotes that token."
+      : "No latent has it among its strongest contexts, the only ones on this page; some latents may fire on it more weakly.";
     const last = Math.max(0, Math.ceil(state.rows.length / PAGE) - 1);
     pages.querySelector("span").textContent = shown.length ? `${integer(from + 1)} to ${integer(from + shown.length)} of ${integer(state.rows.length)}` : "";
     for (const button of pages.querySelectorAll("button")) {
@@ -311,7 +309,7 @@ async function latentTable(block) {
     table.scrollIntoView();
   });
   addEventListener("hashchange", follow);
-  document.addEventListener("click", (event) => { // on a link to where the page is, which changes nothing else
+  document.addEventListener("click", (event) => { // a link to the address that the page already has fires no hashchange
     if (event.target.closest('a[href^="#latent-"]')?.hash === location.hash) follow();
   });
   select();
@@ -319,10 +317,10 @@ async function latentTable(block) {
   for (const part of [table, pages, filters]) part.hidden = false;
 }
 
-/** Where a part of the page cannot be made, `place` says so. */
+/** Track the making of a part of the page; if it fails, say so in `place`. */
 function reported(making, what, place) {
   made.push(making.catch((error) => {
-    place.textContent = `The ${what} could not be made: ${error.message}`;
+    place.textContent = `The ${what} could not be shown: ${error.message}`;
     console.error(error);
   }));
 }

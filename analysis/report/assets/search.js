@@ -1,9 +1,9 @@
-// Search for latents by the text that they fire on: the rule of analysis/latents/search.py, and the same numbers.
+// Search for latents by the text they fire on, by the rule of analysis/latents/search.py and with the same numbers.
 
 const DOUBT = 2;
 const SHOWN = { "\n": "\u23ce", "\t": "\u2192", "\r": " " };
 
-/** Text in lower case with signs for line ends and tabs, a list: every character stays one. */
+/** Text in lower case, with symbols for line ends and tabs, as a list of as many characters as the text has. */
 function folded(text) {
   return [...text].map((sign) => {
     const low = SHOWN[sign] ?? sign.toLowerCase();
@@ -18,7 +18,7 @@ function termsOf(query) {
 /** How much a window counts for the terms: 1, 1/2 or 0. */
 function strength([text, lengths, place], terms) {
   const plain = /^[\x20-\x7e]*$/.test(text) && text.toLowerCase();
-  if (plain && !terms.some((term) => plain.includes(term))) return 0; // most of them
+  if (plain && !terms.some((term) => plain.includes(term))) return 0; // most windows end here
   const signs = folded(text), ends = [0], word = (sign) => /[\p{L}\p{N}_]/u.test(sign ?? " ");
   for (const sign of lengths) ends.push(ends.at(-1) + sign.codePointAt(0) - 48);
   const edge = (at) => ends.includes(at) || !(word(signs[at - 1]) && word(signs[at])); // of a token or a word
@@ -33,7 +33,7 @@ function strength([text, lengths, place], terms) {
   return best;
 }
 
-/** The latents that a query finds, the most specific first. contents: of each, its packed contexts; `latent` is its place there. */
+/** The latents that a query finds, the most specific first. contents: each one's packed contexts; `latent` is the index there. */
 function rank(contents, query) {
   const terms = termsOf(query), found = [];
   let total = 0;

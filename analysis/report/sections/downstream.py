@@ -13,7 +13,7 @@ from analysis.report.markup import Section, columns, figure, integer, layer_tabl
 
 TITLE = "Downstream: what the errors cost the model"
 DRAWN_FROM = -0.5
-"""Loss recovered below this is drawn here: where there is little to recover it is a ratio of two small numbers."""
+"""Lower values of loss recovered are drawn here: where there is little to lose, it is a ratio of two small numbers."""
 
 COLUMNS = (
     ("delta_ce", "delta CE"),
@@ -25,14 +25,14 @@ COLUMNS = (
     ("mean_ablation_kl", "mean ablation's KL"),
     ("zero_ablation_kl", "zero ablation's KL"),
 )
-"""Columns of layers.parquet in the table: name and heading."""
+"""Columns of layers.parquet in the table: name, heading."""
 
 COSTS = (("delta_ce", "delta CE", "ours"), ("kl", "KL(true || reconstructed)", "other dashed"))
 X_NAME, RECOVERED = "layer replaced (after block)", "loss recovered (share, higher is better)"
 
 INTRODUCTION = """<p>The residual stream after one block is replaced by its reconstruction at {tokens} {whose} tokens of
-{documents} documents, the rest of the model runs on, and its predictions are compared with those of the unmodified
-model (cross-entropy {true_ce} nats per token). Each layer is replaced alone.</p>"""
+{documents} documents, the rest of the model runs on it, and the predictions are compared with those of the unmodified
+model (cross-entropy {true_ce} nats per token). Layers are replaced one at a time.</p>"""
 
 
 def section(results: Results) -> Section:
@@ -41,7 +41,7 @@ def section(results: Results) -> Section:
         return Section(TITLE, f"<p>Not shown: {escape(str(reason))}</p>{_tokens(results)}")
     intervals = "Too few documents for 95 % intervals."
     if results.bounds("downstream", "kl"):
-        intervals = "Small numbers: 95 % intervals over documents."
+        intervals = "In small print: 95 % intervals over documents."
     introduction = INTRODUCTION.format(
         tokens=integer(found.get("n_tokens")),
         whose="held-out" if found.get("tokens") == "validation" else "analysed",
@@ -55,14 +55,14 @@ def section(results: Results) -> Section:
             figure(
                 downstream_title(results),
                 layer_chart(results, COSTS, "nats per token (lower is better)", X_NAME),
-                "Delta CE: by how much the cross-entropy of the next token rises. KL: how far the predicted "
-                "distribution moves from the true run's. 0 is perfect.",
+                "Delta CE: the rise in next-token cross-entropy. KL: how far the predicted distribution moves from "
+                "the unmodified model's. 0 is perfect.",
             ),
             figure(
-                f"Loss recovered, mean over layers: {mean} of what mean ablation costs, {zero} of zero ablation",
+                f"Loss recovered, mean over layers: {mean} against mean ablation, {zero} against zero ablation",
                 lines_chart(recovered_lines(results), RECOVERED, results.layer_numbers, X_NAME),
-                "1: no loss; 0: as bad as the layer's mean vector, or zero, at every position. "
-                "Values below &minus;0.5 are drawn there.",
+                "1: nothing is lost; 0: as bad as the layer's mean vector, or zero, at every position. "
+                "Values below &minus;0.5 are drawn at &minus;0.5.",
             ),
         )
         + _together(results)
@@ -70,20 +70,20 @@ def section(results: Results) -> Section:
         + "<details><summary>Table by layer</summary>"
         + layer_table(results, [(name, words, show) for name, words in COLUMNS])
         + '<p class="note">Delta CE in nats per predicted token and KL in nats per token: lower is better. Loss '
-        "recovered: share, higher is better. The ablations say how much there is to lose at a layer. "
+        "recovered: share, higher is better. The ablations show how much there is to lose at a layer. "
         f"{intervals}</p></details>"
     )
     return Section(TITLE, body)
 
 
 def downstream_title(results: Results) -> str:
-    """What replacing a layer costs, in the mean over layers."""
+    """What replacing a layer costs, averaged over layers."""
     delta, kl = (show(results.number("downstream", name)) for name in ("delta_ce", "kl"))
     return f"Replacing one layer costs {delta} nats of cross-entropy on average, and a KL of {kl} nats"
 
 
 def recovered_lines(results: Results) -> list[tuple[np.ndarray, str, str]]:
-    """Loss recovered as it is drawn, against both ablations: values [L], words in the legend, class of report.css."""
+    """Loss recovered as drawn, against both ablations: values [L], legend, class of report.css."""
     return [
         (np.maximum(results.layers[f"loss_recovered_{name}"], DRAWN_FROM), f"against {name} ablation", kind)
         for name, kind in (("mean", "ours"), ("zero", "other dashed"))
@@ -91,10 +91,10 @@ def recovered_lines(results: Results) -> list[tuple[np.ndarray, str, str]]:
 
 
 TOGETHER = """<h3>Several layers at once</h3>
-<p>The reconstruction takes the place of the stream at all layers of a group, each acting on what those below it left,
-at {tokens} of the tokens (cross-entropy {true_ce}). Beside it the sum of what these layers cost one at a time at the
-same tokens: the two agree only where errors neither grow nor undo each other on the way. PCA has as many components as
-a vector has active latents. Small numbers, where given: 95 % intervals over documents.</p>"""
+<p>All layers of a group are replaced in one run, each by the reconstruction of what the replaced layers below leave,
+at {tokens} of the tokens (cross-entropy {true_ce}). The sum of single layers adds up what the same layers cost when
+replaced one at a time: the two agree only if errors neither grow nor cancel on the way. PCA has as many components as
+a vector has active latents. In small print, where available: 95 % intervals over documents.</p>"""
 
 
 def _together(results: Results) -> str:
@@ -114,7 +114,7 @@ def _together(results: Results) -> str:
 
 
 def _tokens(results: Results) -> str:
-    """How close decoder rows are to tokens: a sentence, or nothing."""
+    """A sentence on how close decoder rows are to tokens; empty where that was not computed."""
     if not (found := results.get("latent_logits")):
         return ""
     parts = [
@@ -123,6 +123,6 @@ def _tokens(results: Results) -> str:
         for name in ("embedding", "unembedding")
     ]
     if found.get("above_chance") is not None:
-        level = f"{show(found['unembedding_chance_99'])}, as 1 % of random directions"
+        level = f"{show(found['unembedding_chance_99'])}, which 1 % of random directions exceed"
         parts[-1] += f"; {integer(found['above_chance'])} latents are above {level}: only what these promote is shown"
-    return f"<p>Are latents tokens? The highest cosine of a live latent's decoder row, median: {', '.join(parts)}.</p>"
+    return f"<p>Are latents tokens? The median highest cosine of a live decoder row is {', and '.join(parts)}.</p>"

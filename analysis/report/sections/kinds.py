@@ -7,14 +7,14 @@ from analysis.report.markup import Section, figure, integer, percent, table
 
 TITLE = "Kinds of latents"
 INTRODUCTION = """<p>Each live latent has one kind, by its share of activation mass at each layer. Persistent:
-2<sup>entropy</sup> is at least two thirds of the layers. Bimodal: two groups of layers, each with at least a quarter of
-the mass, with a valley of at most half the lower peak between them, and their mean layers at least a quarter of the
-depth apart. Early, middle, late: the mean layer lies in the first, second or last third of the depth.</p>"""
+2<sup>entropy</sup> is at least two thirds of the number of layers. Bimodal: two groups of layers, each with at
+least a quarter of the mass, a valley of at most half the lower peak between them, and mean layers at least a quarter of
+the depth apart. Early, middle, late: the mean layer lies in the first, second or last third of the depth.</p>"""
 
 
 def section(results: Results) -> Section:
     if len(results.kinds) == 0:
-        return Section(TITLE, "<p>Not shown: no latent fired in these tokens.</p>")
+        return Section(TITLE, "<p>Not shown: no latent fired on these tokens.</p>")
     numbers = {kind: results.number("profiles", kind, "latents") or 0 for kind in KINDS}
     shares = {kind: percent(number / len(results.kinds)) for kind, number in numbers.items()}
     members = {kind: results.probs[results.kinds == kind] for kind in KINDS}

@@ -11,18 +11,18 @@ from analysis.report.markup import Section, fill, pack_arrays
 WHOLE = ("latent", "count", "n_tokens", "n_layers_active")
 REAL = ("mean", "layer_mean", "layer_std", "within_token", "between_tokens", "entropy")
 
-MOST_NUMBERS = 5_000_000  # characters of the table's numbers, above which they are rounded
-ROOM = 14_400_000  # characters for all about latents: a page stays below 15 MB
+MOST_NUMBERS = 5_000_000  # characters that the table's numbers may take unrounded
+ROOM = 14_400_000  # characters for all data on latents, so that the page stays below 15 MB
 
-ROUNDED = """ With so many latents the numbers are rounded here (three digits), shares by layer to 1/255 of the
-highest, and firings by layer are left out: latents.parquet has all."""
+ROUNDED = """ With so many latents, the numbers are rounded here (to three digits; shares by layer to 1/255 of the
+highest) and firings by layer are left out; latents.parquet has everything."""
 
 
 def section(results: Results) -> Section:
-    """The filters and the empty table; its numbers and contexts as data."""
+    """The filters and an empty table, with its numbers and contexts as data blocks."""
     fired = results.latents["count"]
     if len(fired) == 0:
-        return Section("Latents", "<p>No latent fired in these tokens, so there is none to show.</p>")
+        return Section("Latents", "<p>No latent fired on these tokens, so there is none to show.</p>")
     kinds = "".join(f"<option>{kind}</option>" for kind in KINDS)
     numbers = _numbers(results)
     if rounded := len(numbers) > MOST_NUMBERS:
@@ -35,8 +35,8 @@ def section(results: Results) -> Section:
 
 
 def _numbers(results: Results, *, rounded: bool = False) -> str:
-    """The numbers of the table. Whole numbers are exact, others have 32 bits, shares by layer 16: within 0.05 %;
-    rounded 16 bits, and 8 for shares as parts of the row's highest, so that none becomes 0."""
+    """The numbers of the table: whole numbers exactly, others in 32 bits, shares by layer in 16 (within 0.05 %). If
+    rounded, in 16 bits, and shares in 8, as parts of the row's highest and rounded up, so that none becomes 0."""
     arrays = {name: unsigned(results.latents[name]) for name in WHOLE}
     real = [*REAL, *(name for name in OPTIONAL_SCALARS if name in results.latents)]
     arrays |= {name: results.latents[name].astype("<f2" if rounded else "<f4") for name in real}
@@ -51,6 +51,6 @@ def _numbers(results: Results, *, rounded: bool = False) -> str:
 
 
 def unsigned(values: np.ndarray) -> np.ndarray:
-    """Whole numbers in the narrowest type that report.js reads and that holds them."""
+    """Whole numbers in the narrowest type that holds them and that report.js reads."""
     top = int(values.max(initial=0))
     return values.astype("<u2" if top < 2**16 else "<u4" if top < 2**32 else "<f8")

@@ -35,11 +35,11 @@ def section(results: Results) -> Section:
     heat, title = heat_map(results), layer_profile_title(results)
     if heat.n_latents == 0:
         return Section(TITLE, f"<p>{title}.</p>")
-    column = f"the mean of {show(heat.per_bin, 2)} latents that are neighbours in this order"
+    column = f"the mean of {show(heat.per_bin, 2)} latents next to each other in this order"
     caption = (
-        f"A column is {column if heat.per_bin > 1 else 'a live latent'}. A bright band along the diagonal: latents "
-        "keep to few layers. A column that is even from bottom to top: latents stay on through the model. A latent "
-        f"that is equally active at all layers has a spread of {show(np.std(results.layer_numbers), 2)} layers."
+        f"Each column is {column if heat.per_bin > 1 else 'a live latent'}. A bright band along the diagonal: latents "
+        "keep to a few layers. A column that is even from bottom to top: latents stay on throughout the model. A "
+        f"latent that is equally active at all layers has a spread of {show(np.std(results.layer_numbers), 2)} layers."
     )
     return Section(TITLE, figure(title, _chart(results, heat), caption))
 
@@ -47,7 +47,7 @@ def section(results: Results) -> Section:
 def layer_profile_title(results: Results) -> str:
     """What the heat map finds: how widely a typical live latent spreads."""
     if len(results.counts) == 0:
-        return "No latent fired in these tokens"
+        return "No latent fired on these tokens"
     median = show(np.median(results.latents["layer_std"]), 2)
     return f"Half of the {len(results.counts):,} live latents spread over {median} layers (s.d.) or more"
 
@@ -55,7 +55,7 @@ def layer_profile_title(results: Results) -> str:
 def heat_map(results: Results, max_bins: int = 480) -> HeatMap:
     """Sort the live latents by mean layer and average neighbours, so that at most `max_bins` columns remain.
 
-    Averaging, not picking every n-th: each latent counts, and no pattern appears that the data does not have.
+    Averages, rather than every n-th latent, let each latent count and show no pattern that the data do not have.
     """
     order = np.argsort(results.latents["layer_mean"], kind="stable")
     n_latents = len(order)
@@ -80,13 +80,13 @@ def _chart(results: Results, heat: HeatMap) -> str:
     return (
         f'<p class="yname">{AFTER_BLOCK}</p>{plot.render()}<div class="bar"><div class="scale" '
         f'style="background:linear-gradient(to right, {stops})">{ticks}</div>'
-        "P(layer | latent): share of the latent's activation mass, no unit; colours by its square root; "
-        f"{show(heat.top, 2)} and above have the same colour</div>"
+        "P(layer | latent): share of the latent's activation mass, no unit; colour by its square root; "
+        f"values above {show(heat.top, 2)} all have the last colour</div>"
     )
 
 
 def heat_png(heat: HeatMap) -> bytes:
-    """The cells as a PNG with a palette, last layer on top. Cells are repeated so that smoothing blurs no border."""
+    """The cells as a PNG with a palette, last layer on top. Cells are repeated so that smoothing does not blur them."""
     level = np.sqrt(np.clip(heat.share / heat.top, 0, 1)) if heat.top > 0 else np.zeros_like(heat.share)
     cells = np.repeat(np.round(level * 255).astype(np.uint8)[::-1], -(-240 // len(level)), axis=0)
     cells = np.repeat(cells, -(-480 // cells.shape[1]), axis=1)
@@ -94,7 +94,7 @@ def heat_png(heat: HeatMap) -> bytes:
     anchors = np.array([list(bytes.fromhex(colour)) for colour in VIRIDIS], dtype=np.float64)
     at = np.linspace(0, len(anchors) - 1, 256)
     palette = np.stack([np.interp(at, np.arange(len(anchors)), channel) for channel in anchors.T], axis=1)
-    rows = np.concatenate([np.zeros((height, 1), np.uint8), cells], axis=1)  # each row begins with its filter, none
+    rows = np.concatenate([np.zeros((height, 1), np.uint8), cells], axis=1)  # each row begins with its filter: none
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

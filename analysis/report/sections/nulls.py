@@ -1,4 +1,4 @@
-"""Section: what null models give, and observed over null. Tested in test_page.py."""
+"""Section: the numbers under null models, and observed over null. Tested in test_page.py."""
 
 from analysis.baselines.nulls import NULLS
 from analysis.report.charts import lines_chart
@@ -14,17 +14,17 @@ ROWS = (
     ("variance", "aggregate_over_token", "aggregate / token-level"),
     *(("persistence", name, words) for name, words, _ in MEANS if name not in ("onset", "offset")),
 )
-"""Rows of the table: part of the summary, name and words."""
+"""Rows of the table: part of the summary, name, label."""
 
-INTRODUCTION = """<p>Two ways in which chance could make these numbers. <b>Layers permuted</b>: within each token, each
-layer's code is moved to another layer; latents still share their tokens, but the order of layers is lost. <b>Tokens
+INTRODUCTION = """<p>Two null models show what chance alone would give. <b>Layers permuted</b>: within each token, the
+codes are shuffled among the layers; latents still share their tokens, but the order of layers is lost. <b>Tokens
 permuted</b>: within each layer, codes are exchanged between the tokens of a stretch of {chunk} tokens; each latent
-keeps its profile over layers, but the layers of one token no longer belong together. A ratio of 1 says that chance
+keeps its profile over layers, but the layers of one token no longer belong together. A ratio of 1 means that chance
 explains the number.</p>"""
 
 
 def section(results: Results) -> Section:
-    """The distribution of runs beside both null models', and every number over its null's."""
+    """The distribution of runs, observed and under both null models, and every number over its null's."""
     if not results.get("nulls") or results.number("persistence", "mass", "n_layers_active") is None:
         return Section(TITLE, "<p>Not shown: this analysis was made without null models, or no latent fired.</p>")
     stays = show(results.number("nulls", "layers_permuted", "ratio", "persistence", "mass", "stays_on"))
@@ -33,10 +33,10 @@ def section(results: Results) -> Section:
     head = ("By mass", "observed", "layers permuted", "observed / null", "tokens permuted", "observed / null")
     body = (
         INTRODUCTION.format(chunk=integer(results.get("nulls", "chunk_tokens")))
-        + figure(title, _chart(results), "Share of the pairs, by mass, by the length of the longest run.")
+        + figure(title, _chart(results), "Share of pairs, weighted by mass, by length of the longest run.")
         + table(head, [_row(results, *row) for row in ROWS])
-        + '<p class="note">Small numbers, where given: the ends of the observed number\'s 95 % interval over the '
-        "null's value, whose own error is not counted.</p>"
+        + '<p class="note">In small print, where available: the ends of the observed number\'s 95 % interval, '
+        "divided by the null's value, whose own error is not counted.</p>"
     )
     return Section(TITLE, body)
 

@@ -1,4 +1,4 @@
-"""Section: what is recorded on store, autoencoder and analysis. Tested in test_page.py."""
+"""Section: what is recorded about the store, the autoencoder and the analysis. Tested in test_page.py."""
 
 from collections.abc import Iterable, Mapping
 from html import escape
@@ -31,7 +31,7 @@ def _flat(facts: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _value(value: Any) -> str:
-    """A recorded value as escaped HTML; runs of whole numbers as "0 to 29"."""
+    """A recorded value as escaped HTML; consecutive whole numbers as "0 to 29"."""
     if value is None or value == "":
         return EN_DASH
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Section: FVU by layer beside held-out text and PCA, and L0. Tested in test_page.py."""
+"""Section: FVU by layer, with held-out text and PCA beside it, and L0. Tested in test_page.py."""
 
 from analysis.report.charts import layer_chart
 from analysis.report.data import Results
@@ -15,29 +15,29 @@ COLUMNS = (
     ("active_latents", "Active latents", integer),
     ("mass_share", "Mass share", percent),
 )
-"""Columns of layers.parquet in the table: name, heading, and how a value is shown."""
+"""Columns of layers.parquet in the table: name, heading, formatter."""
 
-WITH_FEW = (COLUMNS[0], ("fvu_without_few", "FVU without few tokens", show), *COLUMNS[1:])
-"""Where few tokens carry much of a layer's variance, and a warning says so."""
+WITH_FEW = (COLUMNS[0], ("fvu_without_few", "FVU without outlier tokens", show), *COLUMNS[1:])
+"""The same where a warning says that a few tokens carry much of a layer's variance."""
 
 INTRODUCTION = """<p>FVU, the fraction of variance unexplained, is 0 for a perfect reconstruction and 1 for one that is
 no better than the layer's mean vector. Lower is better.</p>"""
 
-FEW = """<p class="warning">{words}. FVU is a ratio of sums of squares, so at such layers it says how well these few
-tokens are reconstructed; the line and column without them say it of the others.</p>"""
+FEW = """<p class="warning">{words}. FVU is a ratio of sums of squares, so at such layers it measures how well these few
+tokens are reconstructed; the line and column without outlier tokens measure the rest.</p>"""
 
 ABOUT_L0 = """TopK keeps k latents of each vector; fewer are active where a kept value is not positive. With other
-activations, L0 varies from vector to vector, and k, where used, is its mean or its target."""
+activation functions, L0 varies from vector to vector, and k, where used, is its mean or its target."""
 
 
 def section(results: Results) -> Section:
     """FVU and L0 over the layers, and the table."""
-    missing = ["the last layer has no next one"]
+    missing = ["the last layer has no next layer"]
     if results.get("validation") is None:
         missing.append("this run has no held-out tokens")
     if results.get("baseline", "pca") is None:
         missing.append("the PCA baseline was not computed")
-    l0_title = f"On average {show(results.number('reconstruction', 'l0'))} latents are active in a vector"
+    l0_title = f"On average {show(results.number('reconstruction', 'l0'))} latents are active per vector"
     fvu_chart = layer_chart(results, fvu_lines(results), "FVU (no unit, lower is better)")
     l0_chart = layer_chart(results, [("l0", "latents per vector", "ours")], "L0 (active latents per vector)")
     few = results.get("reconstruction", "few_tokens")
@@ -54,12 +54,12 @@ def section(results: Results) -> Section:
 
 
 def reconstruction_title(results: Results) -> str:
-    """What the reconstruction error finds: the mean over layers, and the baseline on held-out text."""
+    """Mean FVU over layers, with that on held-out text and of the PCA baseline."""
     if (fvu := results.number("reconstruction", "fvu")) is None:
-        return "The reconstruction error is not defined in these tokens"
+        return "The reconstruction error is not defined on these tokens"
     pca_k = integer(results.get("baseline", "pca", "k"))
     beside = {f"PCA of {pca_k} components": results.number("baseline", "pca", "fvu")}
-    beside = {"without few tokens": results.number("reconstruction", "fvu_without_few")} | beside
+    beside = {"without outlier tokens": results.number("reconstruction", "fvu_without_few")} | beside
     if results.get("split", "name") != "validation":
         beside = {"held-out text": results.number("validation_fvu")} | beside
     known = "; ".join(f"{name} {percent(value)}" for name, value in beside.items() if value is not None)
@@ -67,11 +67,11 @@ def reconstruction_title(results: Results) -> str:
 
 
 def fvu_lines(results: Results) -> list[tuple[str, str, str]]:
-    """The lines that are drawn of FVU: column of layers.parquet, words in the legend, class of report.css."""
+    """The lines of the FVU chart: column of layers.parquet, legend, class of report.css."""
     lines = [("fvu", "SAE", "ours")]
     if results.get("split", "name") != "validation":
         lines.append(("validation_fvu", "SAE, held-out text", "ours dotted"))
     if results.number("reconstruction", "fvu_without_few") is not None:
-        lines.append(("fvu_without_few", "SAE, without few tokens", "other dashed"))
+        lines.append(("fvu_without_few", "SAE, without outlier tokens", "other dashed"))
     components = integer(results.get("baseline", "pca", "k"))
     return [*lines, ("pca_fvu", f"PCA of {components} components, held-out text", "base dashed")]

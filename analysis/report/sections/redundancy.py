@@ -1,19 +1,18 @@
-"""Section: how similar decoder rows are, and which pairs. Tested in test_page.py."""
+"""Section: how similar decoder rows are, and the most similar pairs. Tested in test_page.py."""
 
 from analysis.report.data import Results
 from analysis.report.markup import Section, integer, show, table, tiles
 
 TITLE = "Redundancy"
-INTRODUCTION = """<p>Has the dictionary learnt one direction once per layer? Two latents are near-parallel if the cosine
-of their decoder rows is above {cosine}, and redundant if, in addition, their layer profiles are disjoint: Σ<sub>l</sub>
+INTRODUCTION = """<p>Has the dictionary learnt the same direction once per layer? Two latents are near-parallel if the
+cosine of their decoder rows is above {cosine}, and redundant if their layer profiles are also disjoint: Σ<sub>l</sub>
 min(P(l | a), P(l | b)) below {overlap}. MMCS is the mean, over live latents, of the highest cosine to another live
 latent; lower is less redundant.</p>"""
 
 
 def section(results: Results) -> Section:
-    if not results.get("redundancy"):
+    if not (found := results.get("redundancy")):
         return Section(TITLE, "<p>Not shown: this analysis was made without comparing decoder rows.</p>")
-    found = results.get("redundancy")
     live = f"of {integer(len(results.counts))} live latents"
     numbers = (
         ("MMCS", show(found["mmcs"]), "lower is less redundant; 1: every latent has a parallel one"),

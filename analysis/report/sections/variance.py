@@ -1,4 +1,4 @@
-"""Section: variance of the layer, its parts, and the reference. Tested in test_page.py."""
+"""Section: variance of the layer, its parts, and the reference's numbers. Tested in test_page.py."""
 
 import math
 from html import escape
@@ -12,18 +12,18 @@ COMPAT = ("exp_var_l_tf", "exp_var_l_f", "var_l", "rel_var_f", "rel_var_t")
 
 INTRODUCTION = """<p>The layer L at which a latent is active varies for three reasons: at one token the latent is active
 at several layers (within a token), its mean layer moves from token to token (between tokens), and latents differ in
-their mean layer (between latents). The three add up to the total. They describe: none is better or worse.</p>"""
+their mean layer (between latents). The three add up to the total. No part is better or worse.</p>"""
 
-WHY_THEY_DIFFER = """<div><h3>Why the reference's formula says something else</h3>
+WHY_THEY_DIFFER = """<div><h3>Why the reference's formula gives another number</h3>
 <p>It averages p = a / Σ<sub>l</sub> a over all tokens, including those at which the latent is silent and p is zero. The
-result sums to q, the share of tokens at which the latent fires, and not to 1. So Σ l² p &minus; (Σ l p)² of it is not a
-variance: it also contains q (1 &minus; q) E[L]², which grows with the <em>number</em> of the layer, not with any
+result sums to q, the share of tokens at which the latent fires, and not to 1. So its Σ l² p &minus; (Σ l p)² is not a
+variance: it also contains q (1 &minus; q) E[L]², which grows with the layer's <em>number</em> rather than with any
 spread, and changes if layers are numbered from 1. This inflates the aggregate and leaves the token-level term alone, so
 the ratio is large even where every token has the same profile.</p></div>"""
 
 
 def section(results: Results) -> Section:
-    """Shares of the total, the ratio, both as a table, and the reference's numbers."""
+    """Charts of the shares and the ratio, both as a table, and the reference's numbers."""
     note = "Bars, and numbers in brackets: 95 % intervals." if isinstance(results.get("uncertainty"), dict) else ""
     caption = f"1: a latent keeps the same mean layer at every token. {note}"
     ratio, reference = results.number("variance", "mass", "aggregate_over_token"), results.reference_ratio
@@ -43,7 +43,7 @@ def section(results: Results) -> Section:
             [(words, *(_cell(results, weighting, name) for weighting in WEIGHTINGS)) for name, words in ROWS.items()],
             "result-last",
         )
-        + '<p class="note">Columns: what counts once (see <a href="#method">Method</a>). In brackets: the share of the '
+        + '<p class="note">Columns: what counts as one (see <a href="#method">Method</a>). In brackets: share of the '
         f"total. The last row is a ratio and has no unit. {escape(_about_intervals(results))} "
         f"{escape(_about_dashes(results))}</p>"
         + columns(WHY_THEY_DIFFER, table(("The reference's numbers (mlsae_compat)", "Value"), compat))
@@ -52,9 +52,9 @@ def section(results: Results) -> Section:
 
 
 def variance_title(results: Results) -> str:
-    """What the decomposition finds, by activation mass."""
+    """How the variance splits into its three parts, by activation mass."""
     if not (found := variance_shares(results, "mass")):
-        return "The layers of active latents do not vary in these tokens"
+        return "The layers of active latents do not vary on these tokens"
     within, tokens, latents = (percent(found.get(part, 0.0)) for part in PARTS)
     return f"{within} of the layer variance lies within a token, {tokens} between tokens, {latents} between latents"
 
@@ -66,9 +66,9 @@ def why_no_ratio(results: Results, weighting: str = "mass") -> str:
     if results.get("n_layers") == 1:
         return "only one layer was analysed, so there is nothing to vary"
     if len(results.counts) == 0:
-        return "no latent fired in these tokens"
+        return "no latent fired on these tokens"
     if results.number("variance", weighting, "within_token") == 0:
-        return "at every token each latent fires at one layer only, so the token-level variance is 0"
+        return "at every token, each latent fires at one layer only, so the token-level variance is 0"
     return "summary.json has no value for it"
 
 
@@ -83,7 +83,7 @@ def _about_intervals(results: Results) -> str:
     if not isinstance(found, dict):
         return "No intervals were computed in this run."
     sizes = ", ".join(f"{integer(found.get(f'n_{name}'))} {name}" for name in ("groups", "documents", "replicates"))
-    return f"Small numbers: 95 % intervals, {found.get('method')} ({sizes})."
+    return f"In small print: 95 % intervals, {found.get('method')} ({sizes})."
 
 
 def _about_dashes(results: Results) -> str:
@@ -95,7 +95,7 @@ def _about_dashes(results: Results) -> str:
 
 
 def variance_shares(results: Results, weighting: str) -> dict[str, float]:
-    """By part of `PARTS`, its share of the total; empty where there is no variance to split."""
+    """Each part's share of the total, by its name in `PARTS`; empty where there is no variance to split."""
     parts = {part: results.number("variance", weighting, part) for part in PARTS}
     total = results.number("variance", weighting, "total")
     return {part: value / total for part, value in parts.items() if total and value is not None}
@@ -115,8 +115,8 @@ def _shares_chart(results: Results) -> str:
     legend = "".join(f'<span><i class="swatch {part}"></i>{words}</span>' for part, words in PARTS.items())
     return (
         f'<div class="legend">{legend}</div>{"".join(rows)}'
-        '<p class="axis">share of the total variance of the layer, by weighting; the two coloured parts are the '
-        "aggregate variance</p>"
+        '<p class="axis">share of the total variance of the layer, by weighting; the two coloured parts add up to '
+        "the aggregate variance</p>"
     )
 
 

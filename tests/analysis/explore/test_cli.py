@@ -48,7 +48,7 @@ def test_without_an_analysis_the_way_out_is_named(tmp_path: Path, capsys: pytest
         ]
         assert main(words) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert f"{tmp_path / folder}: no analysis is there; run `analyze --store acts.zarr --sae" in line
+        assert f"{tmp_path / folder} holds no analysis; run `analyze --store acts.zarr --sae" in line
 
 
 def test_an_analysis_beside_its_checkpoint_is_found(
@@ -67,7 +67,7 @@ def test_an_analysis_beside_its_checkpoint_is_found(
         (tmp_path / "summary.json").write_text(json.dumps({"provenance": provenance}))
         assert main(words) == 2
     assert opened == [tmp_path]
-    assert capsys.readouterr().err.count("no analysis is there") == 2
+    assert capsys.readouterr().err.count("holds no analysis") == 2
 
 
 @pytest.mark.parametrize("missing", ["uvicorn", "starlette"])
@@ -128,6 +128,6 @@ def test_it_serves_this_machine_until_it_is_stopped(
         assert connection.getresponse().status == 200
         process.send_signal(stop)  # with the connection open
         assert process.wait(60) == 0
-        assert process.stderr.read() == "\nEnded.\n"
+        assert process.stderr.read() == "\nStopped.\n"
     assert opened.is_file() == screen
     assert not screen or opened.read_text().strip() == address

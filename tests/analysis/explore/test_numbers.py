@@ -72,7 +72,7 @@ def test_every_activation_and_the_next_tokens_are_those_of_the_prompt(explored: 
     keys = zip(table["position"], table["layer"], table["latent"], strict=True)
     assert found == dict(zip(keys, map(float, table["activation"]), strict=True))
     n = len(explored.prompt["latents"])
-    assert tab.run('return text("#maps h3");') == f"{n} of {n} latents on in the sentence: the most specific in it"
+    assert tab.run('return text("#maps h3");') == f"{n} of {n} latents on in the sentence: the most specific to it"
     assert explored.prompt["n_active_latents"] == n
     shown = tab.run(
         'return [...find("#next").querySelectorAll("code")].map((at) => at.nextSibling.textContent.trim());'

@@ -147,7 +147,7 @@ def test_the_layer_that_costs_most_is_one_click_away(tab: PlantedTab) -> None:
     )
     assert "reconstructions costs 3.00 nats a token, by their mean vectors 4.00 (over 64 tokens)." in said
     assert "89 % of the variance of layer 4 is in 3 tokens" in said
-    assert "of 254 validation tokens of 1 document, with this layer alone replaced" in said
+    assert "over 254 validation tokens of 1 document, with this layer alone replaced" in said
     assert tab.run('return all("#layers-found tbody tr")[0].textContent;') == "20.1000.500"  # 0.09996 to three digits
     tab.run("""named("Save All layers as CSV").click();""")
     assert tab.saved("layers.csv").decode().splitlines()[:2] == ["layer,fvu,delta_ce", "2,0.09996,0.5"]

@@ -82,7 +82,7 @@ def test_latents_are_ordered_and_cut(tab: PlantedTab) -> None:
     ]
     tab.run("""change("#shown", "12");""")
     assert tab.state == "text=all is going up&sort=specificity&shown=12"
-    assert tab.run('return text("#maps h3");') == "3 of 3 latents on in the sentence: the most specific in it"
+    assert tab.run('return text("#maps h3");') == "3 of 3 latents on in the sentence: the most specific to it"
     assert "\u23ce" in tab.run('return text("#next");')
     assert "50.0 %" in tab.run('return text("#next");')
 
@@ -127,7 +127,7 @@ def test_the_largest_effects_on_a_prediction(tab: PlantedTab) -> None:
     }
     tab.run("""change("#sort", "mass"); await until(() => !text("#maps h3").includes("effects"));
       find("#maps .exports button").click();""")
-    assert tab.run('return find("#against-label").hidden;')
+    assert not tab.run('return find("#against-label").checkVisibility();')
     assert tab.saved("latents.csv").decode().splitlines()[0] == "latent,position,token,layer,activation"
 
 
@@ -135,8 +135,8 @@ def test_latents_are_changed_and_the_model_goes_on(tab: PlantedTab) -> None:
     tab.open(f"{SENTENCE}&latent=7&layer=4")
     tab.run(
         """(await until(() => named("Ablate at all layers"))).click(); named("Ablate at layer 4").click();
-          named("Steer at layer 4").click(); find("#add").click(); await until(() =>
-          text("#outcome").includes("Goes on") && text("#change-status").startsWith("KL")); /* both are answered */"""
+          named("Steer at layer 4").click(); find("#add").click(); /* both are to be answered */ await until(() =>
+          text("#outcome").includes("Continuation") && text("#change-status").startsWith("KL"));"""
     )
     assert tab.state.endswith("changes=ablate:7:all ablate:7:4 steer:7:4:0.250 ablate:7:all")
     tab.run("""named("Remove change 4").click(); const input = (i, k) =>
@@ -149,7 +149,7 @@ def test_latents_are_changed_and_the_model_goes_on(tab: PlantedTab) -> None:
       if (!text("#change-status").includes("found \u201callx\u201d")) throw new Error(text("#change-status"));
       await edit(2, 2, "all");
       change("#continued", "5"); find("#run").click();
-      await until(() => !find("#outcome.outdated") && text("#outcome").includes("Goes on"));""")
+      await until(() => !find("#outcome.outdated") && text("#outcome").includes("Continuation"));""")
     assert (
         tab.run('return [...all("#changes fieldset")[1].childNodes].map((at) => at.textContent.trim());')[3]
         == "up \u23ce"
@@ -174,7 +174,7 @@ def test_latents_are_changed_and_the_model_goes_on(tab: PlantedTab) -> None:
       field().addEventListener("blur", ({ target }) => edit(target, "all")); field().focus(); // as a key's own change
       key(field(), "Enter"); await other(first);
       return [first, document.activeElement.id];""") == [
-        "steer 8 at layer 3 4 by -2.5, ablate 7 at layer 3 5, steer 7 at all layers by 0.25",
+        "steer 8 at layers 3, 4 by -2.5, ablate 7 at layers 3, 5, steer 7 at all layers by 0.25",
         "run",
     ]
     said = tab.run("""const edit = (at, value) => { at.value = value;
@@ -186,7 +186,7 @@ def test_latents_are_changed_and_the_model_goes_on(tab: PlantedTab) -> None:
     assert said == "layers should be all, or numbers such as 3 4 5 or 3-5, found \u201cx\u201d"  # the answer came later
     outcome = tab.run('return text("#outcome");')
     for words in (
-        "steer 8 at all layers by -2.5, ablate 7 at layer 3 5",
+        "steer 8 at all layers by -2.5, ablate 7 at layers 3, 5",
         "Probability rose most",
         "and on",
         "and off",
@@ -197,7 +197,7 @@ def test_latents_are_changed_and_the_model_goes_on(tab: PlantedTab) -> None:
     assert "0.123 nats, mean over tokens 0" in tab.run('return text("#change-status");')
     tab.run("""if (find("#outcome.outdated")) throw new Error("marked too early"); named("Remove change 1").click();""")
     assert tab.run('return find("#outcome.outdated") !== null;')
-    assert "of the changes before: press Run" in tab.run('return text("#change-status");')
+    assert "of earlier changes: press Run" in tab.run('return text("#change-status");')
     tab.run("""for (let i = 0; i < 2; i++) named("Remove change 1").click();""")
     assert tab.run('return find("#run").disabled;')
 
@@ -206,13 +206,13 @@ def test_a_card_s_button_before_there_is_a_text(tab: PlantedTab) -> None:
     tab.open("#view=search&latent=7")
     tab.run("""(await until(() => named("Ablate at all layers"))).click();
       await until(() => text("#sentence-status").startsWith("Type a sentence"));
-      change("#text", "all is up", "input"); await until(() => text("#outcome").includes("Goes on"));""")
+      change("#text", "all is up", "input"); await until(() => text("#outcome").includes("Continuation"));""")
     assert [one["text"] for one in tab.planted.asked if "changes" in one] == ["all is up"]
 
 
 def test_the_changes_of_a_shared_address_are_run_at_once(tab: PlantedTab) -> None:
     tab.open(f"{SENTENCE}&changes=steer:7:3.4:2.5&continued=3")
-    tab.run("""await until(() => text("#outcome").includes("Goes on"));""")
+    tab.run("""await until(() => text("#outcome").includes("Continuation"));""")
     assert [one["continue_tokens"] for one in tab.planted.asked if "changes" in one] == [3]
 
 

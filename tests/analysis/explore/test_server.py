@@ -113,7 +113,7 @@ def test_what_is_asked_reaches_the_analysis(served: Served) -> None:
         ("prompt", b" " * (MOST_BYTES + 1), 413, "65,536 bytes"),
         ("prompt", {}, 400, "needs text"),
         ("prompt", {"text": ""}, 400, "needs text"),
-        ("prompt", {"text": 3}, 400, "text has a value of another type"),
+        ("prompt", {"text": 3}, 400, "text has a value of the wrong type"),
         (
             "prompt",
             {"text": "a" * (MOST["text"] + 1)},
@@ -123,10 +123,10 @@ def test_what_is_asked_reaches_the_analysis(served: Served) -> None:
         ("prompt", {"text": "a", "most": 10**9}, 400, "takes text, effects_after, effects_against, found 'most'"),
         ("card", {"latent": -1}, 400, "found -1"),
         ("card", {"latent": 10**40}, 400, "latent should be"),
-        ("card", {"latent": True}, 400, "another type"),
-        ("card", {"latent": 1.5}, 400, "another type"),
+        ("card", {"latent": True}, 400, "the wrong type"),
+        ("card", {"latent": 1.5}, 400, "the wrong type"),
         ("search", b'{"from_layer": NaN}', 400, "should be a JSON object"),
-        ("search", {"tokens": ["a"]}, 400, "another type"),
+        ("search", {"tokens": ["a"]}, 400, "the wrong type"),
         ("search", {"limit": 10**6}, 400, "limit should be"),
         (
             "intervene",

@@ -221,7 +221,7 @@ def test_what_is_missing_is_named(live: Live, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"its store was not found at .*nowhere; say where it is: store="):
         _ = Analysis.open(live.folder, store=tmp_path / "nowhere").live
     make_checkpoint(tmp_path / "other.pt", live.made.store, k=4)
-    with pytest.raises(IncompatibleError, match="give the store and sae of it"):
+    with pytest.raises(IncompatibleError, match="give its own store and sae"):
         _ = Analysis.open(live.folder, sae=tmp_path / "other.pt").live
     with pytest.raises(UsageError, match="give its path with --model"):
         _ = Analysis.open(live.folder).live

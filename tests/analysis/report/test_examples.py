@@ -141,13 +141,13 @@ def test_where_it_does_not_fit_the_foremost_contexts_stay_and_the_page_says_so(
     note, (latent, *_) = unpacked(example_blocks(tmp_path, LATENTS, FIRED, budget=room))
     assert latent["contexts"]["layer"] == [4, 3, 5]
     assert len(latent["near"]) == 1
-    assert "3 contexts of a latent, 1 neighbour; the parquet files" in note
+    assert "3 contexts per latent, 1 neighbour; the parquet files" in note
 
     monkeypatch.setattr(report_examples, "PLANS", plans[2:3])  # latent 3 fires least
     note, (latent, _, ninth) = unpacked(example_blocks(tmp_path, LATENTS, FIRED, budget=10))
     assert latent == {}
     assert ninth["texts"] == [["nine", "4", 0]]
-    assert "1 context of a latent, of the 2 latents that fire most only, no histogram, no neighbours" in note
+    assert "1 context per latent, only for the 2 latents that fire most, no histogram, no neighbours" in note
 
 
 def test_nothing_to_show_no_block(tmp_path: Path) -> None:
