@@ -81,6 +81,6 @@ def test_fvu_without_tokens_that_carry_much_of_the_variance(tmp_path: Path, caps
     assert found["reconstruction"]["fvu_without_few"] == pytest.approx(fvu.mean(), rel=1e-6)
     assert found["layers"][1]["fvu"] != pytest.approx(fvu[1], rel=0.01)
     words = capsys.readouterr().out
-    assert f"Without the few tokens of the warning: FVU {fvu.mean():.3g}." in words
-    assert "FVU without few tokens" in words
+    assert f"Without the outlier tokens of the warning: FVU {fvu.mean():.3g}." in words
+    assert "FVU without outlier tokens" in words
     assert "FVU without outlier tokens" in section(load_results(out)).body

@@ -15,7 +15,7 @@ from residscope.console import aligned, counted
 
 _ROW_NAMES = {"mass": "by mass", "equal": "by token-latent pair", "latent": "by latent"}
 
-_COLUMNS = {"fvu": "FVU", "fvu_without_few": "FVU without few tokens", "validation_fvu": "validation FVU"}
+_COLUMNS = {"fvu": "FVU", "fvu_without_few": "FVU without outlier tokens", "validation_fvu": "validation FVU"}
 _COLUMNS |= {
     "pca_fvu": "PCA FVU",
     "mse": "MSE",
@@ -139,7 +139,7 @@ def _fvu_words(summary: Mapping[str, Any]) -> list[str]:
         f"L0 {with_interval(reconstruction, 'l0')}."
     ]
     if reconstruction["fvu_without_few"] is not None:
-        lines.append(f"Without the few tokens of the warning: FVU {shown(reconstruction['fvu_without_few'])}.")
+        lines.append(f"Without the outlier tokens of the warning: FVU {shown(reconstruction['fvu_without_few'])}.")
     if validation:
         of = f"{validation['n_tokens']:,} validation tokens of {counted(validation['n_documents'], 'document')}"
         line = f"Mean over layers, {of}: FVU {shown(validation['fvu'])}"
