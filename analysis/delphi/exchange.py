@@ -1,8 +1,8 @@
-"""`analyze --export-delphi` and `--delphi-scores`: latents handed to EleutherAI's delphi (github.com/EleutherAI/delphi,
-version 0.1.3), and what it says of them added to the analysis in the output folder. Files and use: docs/delphi.md.
+"""`analyze --export-delphi` and `--delphi-scores`: exports latents for EleutherAI's delphi (github.com/EleutherAI/
+delphi, version 0.1.3), and adds its results to the analysis in the output folder. Files and use: docs/delphi.md.
 
-delphi takes a token without an activation for one at which the latent is silent, so rows are pieces of sequences of
-which every kept token was analysed. Activations are float32: in delphi's own float16 some would be infinite.
+To delphi, a latent is silent at every token without an activation, so rows are pieces of sequences in which every kept
+token was analysed. Activations are float32: in delphi's own float16 some would be infinite.
 
 Shapes: T tokens of a tile, L layers, R rows, C tokens of a row, n activations.
 """
@@ -35,22 +35,22 @@ from residscope.reading import reading
 from store.arrays import TokenTable
 from store.folder import refuse_inside_store
 
-WINDOW = 32  # tokens of an example that delphi shows; a row is a whole number of such
-LEAST_TOKENS = 200  # at which a latent fired that is exported without being asked for
-MOST = 2**27  # activations exported, about 30 bytes of memory each
+WINDOW = 32  # tokens in an example that delphi shows; a row is a whole number of them
+LEAST_TOKENS = 200  # tokens at which a latent must have fired to be exported by default
+MOST = 2**27  # most activations to export, at about 30 bytes of memory each
 
 _Cells = tuple[NDArray[Any], ...]  # of activations above zero [n]: row * C + position, latent, activation
 
 
 def exchange_with_delphi(config: AnalyzeConfig) -> dict[str, Any]:
-    """Export, or read back, or both; print, and return what was done. Raises as `analyze` does, before any work where
-    an option makes no sense."""
+    """Export, read back, or both; print and return what was done. Raises like `analyze`, and before any work if an
+    option makes no sense."""
     options, inputs = config.delphi, open_inputs(config.store, config.sae)
     n_latents, out = inputs.sae.config.n_latents, options.export_delphi
     if out:
         refuse_inside_store(out, "--export-delphi")
         if (out / "latents").exists():
-            raise UsageError(f"--export-delphi {out}: holds an export already; choose another folder, or remove it")
+            raise UsageError(f"--export-delphi {out}: already holds an export; choose another folder, or remove it")
         if wrong := [latent for latent in options.delphi_latents if not 0 <= latent < n_latents]:
             raise UsageError(f"--delphi-latents: the autoencoder has latents 0 to {n_latents - 1}, found {wrong[0]}")
     found, done = None, dict[str, Any](exported=None, read=None)
@@ -61,8 +61,8 @@ def exchange_with_delphi(config: AnalyzeConfig) -> dict[str, Any]:
     if out:
         done["exported"] = made = _export(config, inputs, _chosen(config), out)
         say(
-            f"Exported {made['activations']:,} activations of {made['latents']:,} latents at {made['rows']:,} rows of "
-            f"{made['context_length']} tokens to {out / 'latents'}; {made['tokens_left_out']:,} tokens are in none."
+            f"Exported {made['activations']:,} activations of {made['latents']:,} latents in {made['rows']:,} rows of "
+            f"{made['context_length']} tokens to {out / 'latents'}; {made['tokens_left_out']:,} tokens are in no row."
         )
     if found:
         require_there(config, inputs)
@@ -90,7 +90,7 @@ def _chosen(config: AnalyzeConfig) -> NDArray[np.int64]:
 
 
 def _export(config: AnalyzeConfig, inputs: Inputs, latents: NDArray[np.int64], out: Path) -> dict[str, Any]:
-    """Write the activations of `latents` of the tokens that `config` chooses; what was written."""
+    """Write the activations of `latents` at the tokens that `config` chooses; returns what was written."""
     tokens, n_latents, selection = inputs.store.tokens, inputs.sae.config.n_latents, inputs.select(config.tokens)
     rows = rows_of(tokens, selection.analysed)
     place = np.full(len(tokens.keep), -1, np.int64)
@@ -129,9 +129,9 @@ def _export(config: AnalyzeConfig, inputs: Inputs, latents: NDArray[np.int64], o
 
 
 def rows_of(tokens: TokenTable, analysed: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """[R, C] places in the store of what is exported, of tokens `analysed` [tokens of the store]. C: half of all tokens
-    are in sequences at least so long, rounded down to a multiple of `WINDOW`. Longer sequences give several rows, and
-    what is left at their ends none. `UsageError` where nothing is left."""
+    """[R, C] positions in the store of the tokens to export, from `analysed` (bool [tokens of the store]). C: half of
+    all tokens are in sequences at least this long; rounded down to a multiple of `WINDOW`. Longer sequences give
+    several rows, without the rest at their ends. `UsageError` if there is no row."""
     starts, stops = sequence_bounds(tokens.position)
     lengths = np.sort(stops - starts)
     half = int(lengths[np.searchsorted(np.cumsum(lengths), len(tokens.keep) / 2)])
@@ -141,12 +141,12 @@ def rows_of(tokens: TokenTable, analysed: NDArray[np.bool_]) -> NDArray[np.int64
     rows = rows[analysed[rows].any(axis=1) & ~(tokens.keep & ~analysed)[rows].any(axis=1)]
     if not rows.size:
         way_out = "harvest with a longer --context-length, or analyse more tokens"
-        raise UsageError(f"--export-delphi: no {context} tokens of a sequence in a row are all analysed: {way_out}")
+        raise UsageError(f"--export-delphi: no {context} consecutive tokens of a sequence are all analysed: {way_out}")
     return rows
 
 
 def highest(cells: _Cells) -> _Cells:
-    """Of each latent at each place its highest activation; in the order of places."""
+    """The highest activation of each latent at each place, in the order of places."""
     order = np.lexsort((-cells[2], cells[1], cells[0]))
     place, latent, activation = (column[order] for column in cells)
     new = np.append(True, (np.diff(place) != 0) | (np.diff(latent) != 0))[: len(place)]

@@ -1,5 +1,5 @@
-"""What delphi says of latents: explanations and their scores, read from the folders that it leaves, and kept in an
-analysis as explanations.parquet. Formats and definitions: docs/delphi.md. Files of unknown scorers are left out."""
+"""delphi's results: explanations of latents and their scores, read from its folders and saved in an analysis as
+explanations.parquet. Formats and definitions: docs/delphi.md. Files of unknown scorers are left out."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,19 +20,19 @@ _SCORE = pa.struct([("scorer", pa.string()), ("examples", pa.int64()), *((name, 
 COLUMNS = pa.schema(
     [("latent", pa.int64()), ("layer", pa.int64()), ("explanation", pa.string()), ("scores", pa.list_(_SCORE))]
 )
-"""explanations.parquet: a row for each latent and layer that delphi has a text or score of; layer null: all layers."""
+"""explanations.parquet: a row for each latent and layer with a text or score; layer null: all layers."""
 
 
 def modules_of(layers: Sequence[int]) -> dict[str, int | None]:
-    """What delphi calls the layers (the model's block indices), and last all of them at once (None). Numbers have the
-    same number of digits, because delphi finds a module's results by parts of names."""
+    """delphi's module names of the layers (the model's block indices), and last of all layers at once (None). Numbers
+    have equal numbers of digits, because delphi finds a module's results by a part of its name."""
     digits = len(str(max(layers)))
     return {**{f"layers.{layer:0{digits}d}": layer for layer in layers}, "all_layers": None}
 
 
 def read_results(folder: Path, layers: Sequence[int], n_latents: int, sae_hash: str) -> list[dict[str, Any]]:
-    """Rows of explanations.parquet, sorted, all layers before single ones, of what is in a folder. `UsageError` where
-    there is nothing, `IncompatibleError` where it is of another autoencoder or damaged."""
+    """Rows of explanations.parquet from a folder, sorted by latent, all layers before single ones. `UsageError` if it
+    has no results, `IncompatibleError` if they are of another autoencoder or damaged."""
     for path in sorted(folder.glob("latents/*/config.json")):
         with reading(f"{path}: not as --export-delphi writes it"):
             if (of := read_json(path).get("residscope", {}).get("sae_hash", sae_hash)) != sae_hash:
@@ -58,11 +58,11 @@ def read_results(folder: Path, layers: Sequence[int], n_latents: int, sae_hash: 
 
 
 def _score(content: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The numbers of a score's file; none where it is of no known kind."""
+    """The numbers in a score file; none if its format is not known."""
     if all({"activating", "prediction"} <= one.keys() for one in content):
 
         def of(name: str) -> list[np.ndarray]:
-            """What is said of active and of silent examples."""
+            """The values for active and for silent examples."""
             pairs = [(bool(one["activating"]), one.get(name)) for one in content]
             return [np.array([float(x) for on, x in pairs if on == side and x is not None]) for side in (True, False)]
 
@@ -78,8 +78,8 @@ def _score(content: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def read_explanations(path: Path, latent: int | None = None) -> dict[int, list[dict[str, Any]]]:
-    """By latent, or of one, the rows of explanations.parquet, with `where` and `said`: layer and scores in words; empty
-    where there is no such file."""
+    """The rows of explanations.parquet by latent, or only those of one, with the layer (`where`) and scores (`said`) as
+    text. Empty if there is no such file."""
     found: dict[int, list[dict[str, Any]]] = {}
     if path.is_file():
         with reading(f"{path}: cannot be read", "give --delphi-scores again"):
@@ -93,12 +93,12 @@ def read_explanations(path: Path, latent: int | None = None) -> dict[int, list[d
 def _score_words(score: Mapping[str, Any]) -> str:
     known = [name for name in MEASURES if finite(score.get(name)) is not None]
     numbers = [f"{MEASURES[name]} {score[name]:.2f}" for name in known]
-    return f"{score['scorer']}: {', '.join(numbers) or 'not defined, or of no known kind'}"
+    return f"{score['scorer']}: {', '.join(numbers) or 'not defined, or in an unknown format'}"
 
 
 def summary_words(rows: Sequence[Mapping[str, Any]]) -> str:
     """How much was read, and the mean numbers of each scorer."""
     scores: Any = pd.DataFrame([score for row in rows for score in row["scores"]], columns=["scorer", *MEASURES])
     means = scores.astype(dict.fromkeys(MEASURES, float)).groupby("scorer").mean().reset_index().to_dict("records")
-    lines = [f"Read what delphi says of {len(rows):,} latents and layers, and {len(scores):,} scores."]
+    lines = [f"Read delphi's results for {len(rows):,} latents and layers, with {len(scores):,} scores."]
     return "\n".join([*lines, *(f"  Means of {_score_words(one)}" for one in means)])

@@ -1,9 +1,9 @@
-"""Run a model on from the output of one of its blocks, given instead of computed.
+"""Run a model from a given output of one of its blocks.
 
-How: a forward hook makes block l's output the given one, and the model runs in full: that works for every architecture
-whose blocks are found. The blocks up to l then run in vain, so where the model allows it they are skipped: while the
-model runs their `forward` returns at once. It does not allow it where later blocks take more from earlier ones than the
-residual stream (shared keys and values); `can_skip` tells by trying. The model is left as it was, whatever happens.
+How: a forward hook replaces block l's output by the given one while the whole model runs, which works for every
+architecture whose blocks are found. The blocks up to l are then computed for nothing, so they are skipped if possible:
+their `forward` returns at once. That is not possible if later blocks need more from earlier ones than the residual
+stream (shared keys and values); `can_skip` finds out by trying. The model is always left unchanged.
 
 Shapes: B sequences, N positions, D d_model. Tested in test_downstream.py.
 """
@@ -27,12 +27,12 @@ class Before(NamedTuple):
     layer: int
     """The block whose output is given."""
     output: Any
-    """Its output as the block itself gives it: [B, N, D], or a tuple that begins with it."""
+    """Its output in the block's own form: [B, N, D], or a tuple that begins with it."""
 
 
 @torch.inference_mode()
 def last_output(model: LoadedModel, input_ids: Tensor, before: Before | None = None, *, skip: bool = False) -> Tensor:
-    """The last block's output [B, N, D] for token ids int64 [B, N], from the start or on from `before`."""
+    """The last block's output [B, N, D] for token ids int64 [B, N], run from the start or from `before`."""
     recorder = ResidualRecorder(model, [model.n_layers - 1])
     with _given(model, before, skip):
         return recorder.record(input_ids)[0]
@@ -40,7 +40,7 @@ def last_output(model: LoadedModel, input_ids: Tensor, before: Before | None = N
 
 @torch.inference_mode()
 def block_output(model: LoadedModel, input_ids: Tensor, layer: int, before: Before | None = None) -> Before:
-    """The output of block `layer`, as it gives it; on from that of an earlier block, skipping, if `before` is given."""
+    """The output of block `layer` in its own form; if `before` is given, run from there, skipping earlier blocks."""
     found: list[Any] = []
     hook = model.blocks[layer].register_forward_hook(lambda module, arguments, output: found.append(output))
     with hook, _given(model, before, skip=True):
@@ -49,18 +49,18 @@ def block_output(model: LoadedModel, input_ids: Tensor, layer: int, before: Befo
 
 
 def can_skip(model: LoadedModel, input_ids: Tensor) -> bool:
-    """Whether skipping blocks up to one in the middle changes nothing, for the first of the ids int64 [B, N]."""
+    """Whether skipping the blocks up to the middle one changes nothing, tried on the first of the ids int64 [B, N]."""
     few = input_ids[:1, :_TRIED_TOKENS]
     before = block_output(model, few, (model.n_layers - 1) // 2)
     try:
         return torch.equal(last_output(model, few, before, skip=True), last_output(model, few))
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError):
-        return False  # a later block missed something that a skipped one should have left
+        return False  # a later block needs something that a skipped one should have computed
 
 
 @contextmanager
 def changed(model: LoadedModel, layers: Sequence[int], change: Callable[[Any, int], Any]) -> Iterator[None]:
-    """While it lasts, the output of each of the blocks `layers` is what `change(output, layer)` makes of it."""
+    """Within the block, the output of each of the blocks `layers` is replaced by `change(output, layer)`."""
     hooks = {layer: lambda module, arguments, output, n=layer: change(output, n) for layer in layers}
     with ExitStack() as stack:
         for layer, hook in hooks.items():

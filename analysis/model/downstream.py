@@ -1,19 +1,19 @@
-"""What reconstruction errors cost the model: each layer's residual stream is replaced alone, or those of several at
-once (`analysis.model.together`), and the rest of the model runs on.
+"""What reconstruction errors cost the model: the residual stream is replaced at one layer, or at several at once
+(`analysis.model.together`), and the rest of the model runs on it.
 
-For a layer l the output of block l is replaced by its reconstruction, by the layer's mean, or by zero, and the logits
-are compared with those of the untouched model, which goes through neither autoencoder nor lens:
+At layer l the output of block l is replaced by its reconstruction, by the layer's mean, or by zero, and the logits are
+compared with those of the unmodified model, without autoencoder or lens:
 
     delta_ce = CE(replaced) - CE(true)                         nats per predicted token; 0 is perfect, lower is better
     kl = sum_v p_true log(p_true / p_replaced)                 nats per token; KL(true || replaced); lower is better
     loss_recovered = (CE(ablated) - CE(replaced)) / (CE(ablated) - CE(true))   1 is perfect, 0 as bad as ablation
 
-all as means over tokens. *Replaced* are the kept tokens of a sequence; special tokens and position 0 stay as they are,
-because no autoencoder was trained on them. *Counted* are the kept tokens of the chosen documents that have a next token
-in their sequence: what is predicted at a kept token. The mean is that of the store's kept tokens at the layer.
+all as means over tokens. *Replaced* are the kept tokens of a sequence; special tokens and position 0 are left alone,
+because autoencoders are not trained on them. *Counted* are the kept tokens of the chosen documents that have a next
+token in their sequence, which is what the model predicts there. The mean is over the store's kept tokens at the layer.
 
-How: the model runs on from a block's given output (`analysis.model.continuation`); later layers of a group are replaced
-on the way. Logits are made from the last block's output, a tile of tokens at a time, in float32, so that memory does
+How: the model runs from a given block output (`analysis.model.continuation`); later layers of a group are replaced on
+the way. Logits are computed from the last block's output, a tile of tokens at a time, in float32, so that memory does
 not grow with tokens x vocabulary.
 
 Shapes: B sequences, N positions, D d_model, V vocabulary, L layers, C conditions, G documents, n counted tokens.
@@ -39,20 +39,21 @@ from store.activations import ActivationStore
 from train.model import MLSAE
 
 Replace = Callable[[Tensor, int], Tensor]
-"""replace(x [n, D] of kept tokens in the model's own space and format, layer as the model counts) -> [n, D]"""
+"""replace(x [n, D] of kept tokens, in the model's own space and format, the model's block index) -> [n, D]"""
 
 TILE_BYTES = 32 * 2**20
-"""float32 logits of one tile; about six such arrays are alive at once."""
+"""Bytes of the float32 logits of one tile; about six such arrays exist at once."""
 
 KEPT_BYTES = 512 * 2**20
-"""The true run's log probabilities of a batch, kept from layer to layer if they take no more than this."""
+"""The true run's log probabilities of a batch are kept for all layers if they take at most this much."""
 
 BATCH_TOKENS = 2048
-"""Tokens in a forward pass, at least one sequence."""
+"""Tokens in a forward pass; at least one sequence."""
 
 
 def sae_reconstruction(sae: MLSAE, lens: TunedLens | None) -> Replace:
-    """The autoencoder, on the model's device, as a replacement: through the store's lens, encode, decode, and back."""
+    """The autoencoder as a replacement: apply the store's lens, encode, decode, and invert the lens. sae: on the
+    model's device."""
 
     def replace(x: Tensor, layer: int) -> Tensor:
         rows = sae.rows_of_layer(layer, len(x))
@@ -77,19 +78,19 @@ def measure_downstream(
     max_tokens: int = 16_384,
     batch_tokens: int = BATCH_TOKENS,
 ) -> Downstream:
-    """Replace each of `layers` (the model's block indices; default the store's) alone, on the store's own sequences; or
-    the layers of each of `groups` (some of `layers`, ascending) at once, of which there is one number each, then; the
-    last `n_lean` of them by the reconstruction alone. pca: what takes the place of zero ablation.
+    """Replace each of `layers` (the model's block indices; default the store's), one at a time, on the store's own
+    sequences. With `groups` (each some of `layers`, ascending), replace all layers of a group at once, with one result
+    for each group; the last `n_lean` groups by the reconstruction only. pca: used instead of zero ablation.
 
-    lens: what the store's vectors went through (`analysis.model.transformer.lens_of_store`); the layers' means are
-    taken back through it. counted: bool [T], default all; of these, kept ones with a next token count. max_tokens:
-    counted tokens at most, of sequences spread evenly over the store. Raises `IncompatibleError` if the model or the
-    lens is not the store's, if nothing counts, or if the model's logits cannot be made from its last block's output.
+    lens: the store's (`analysis.model.transformer.lens_of_store`); the layers' means are mapped back through it.
+    counted: bool [T], default all; only kept tokens with a next token count. max_tokens: most tokens to count, from
+    sequences evenly spaced over the store. Raises `IncompatibleError` if the model or the lens is not the store's, if
+    no token counts, or if the model's logits cannot be computed from its last block's output.
     """
     check_model(store, model, lens)
     chosen = tuple(store.meta.layers if layers is None else sorted(set(layers)))
     means = torch.from_numpy(store.statistics().mean[[store.meta.layers.index(layer) for layer in chosen]])  # [L, D]
-    if lens is not None:  # The map is affine: the mean of what went through it is the map of the mean.
+    if lens is not None:  # The lens is affine, so it maps the mean to the mean.
         means = torch.stack([lens.invert(mean, layer) for mean, layer in zip(means, chosen, strict=True)])
     conditions: tuple[Replace, ...] = (  # in the order of `RECONSTRUCTED`, `MEAN`, `ZERO`
         replace,
@@ -100,7 +101,7 @@ def measure_downstream(
     batches = batches_to_measure(store.tokens, everything if counted is None else counted, max_tokens, batch_tokens)
     if not batches:
         raise IncompatibleError(
-            f"{store.path}: no tokens to predict: no kept token of the chosen documents has a next token in its "
+            f"{store.path}: nothing to predict: no kept token of the chosen documents has a next token in its "
             "sequence; choose other documents, or harvest longer sequences"
         )
     check_logits(model, batches[0].input_ids)
@@ -138,8 +139,8 @@ def _measure(
     skip: bool,
     bar: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """At a batch's counted tokens: cross-entropy [n] of the true run, and [L, C, n] and KL of the others, a group each;
-    float64; NaN for conditions that a group has not."""
+    """At a batch's counted tokens: cross-entropy [n] of the true run, and cross-entropy and KL [L, C, n] for each group
+    and condition, float64; NaN for conditions that a group does not have."""
     kept, counted = batch.kept.to(model.device), batch.counted.to(model.device)
     target = batch.input_ids[:, 1:][batch.counted[:, :-1]].to(model.device)  # [n]
     true = last_output(model, batch.input_ids)[counted]  # [n, D]
@@ -167,7 +168,7 @@ def _measure(
 
 
 def with_residual(output: Any, replace: Callable[[Tensor], Tensor], kept: Tensor) -> Any:
-    """A block's output with its residual stream [B, N, D] replaced where `kept` [B, N]; the given one stays."""
+    """A copy of a block's output with its residual stream [B, N, D] replaced where `kept` [B, N]."""
     residual = output[0] if isinstance(output, tuple | list) else output
     changed = residual.clone()
     changed[kept] = replace(residual[kept]).to(residual.dtype)
@@ -175,8 +176,8 @@ def with_residual(output: Any, replace: Callable[[Tensor], Tensor], kept: Tensor
 
 
 class TrueRun:
-    """The untouched model's last block's outputs [n, D], and its log probabilities a tile of tokens at a time; those
-    are kept where they are few, since every layer is compared with them."""
+    """The last block's outputs [n, D] of the unmodified model, and its log probabilities, a tile of tokens at a time.
+    These are kept if they are few, because every layer is compared with them."""
 
     def __init__(self, logits: Callable[[Tensor], Tensor], true: Tensor) -> None:
         self.logits = logits
@@ -186,7 +187,7 @@ class TrueRun:
         self._kept: dict[int, Tensor] | None = {} if 4 * vocabulary * len(true) <= KEPT_BYTES else None
 
     def log_probabilities(self, start: int) -> Tensor:
-        """[rows, V] of the tile that begins at token `start`."""
+        """[rows, V] for the tile that begins at token `start`."""
         if self._kept is not None and start in self._kept:
             return self._kept[start]
         found = self.logits(self._true[start : start + self.rows]).float().log_softmax(dim=-1)
@@ -196,10 +197,10 @@ class TrueRun:
 
 
 def compare(known: TrueRun, replaced: Sequence[Tensor], target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy [n] of the true run, cross-entropies [C, n] and KL(true || replaced) [C, n] of the replaced ones,
-    nats, float64 on the CPU.
+    """Cross-entropy [n] of the true run, and cross-entropy [C, n] and KL(true || replaced) [C, n] of each replaced one;
+    in nats, float64 on the CPU.
 
-    replaced: last block's outputs, each [n, D]. target: int64 [n].
+    replaced: the last block's outputs, each [n, D]. target: int64 [n].
     """
     n, size = len(target), (len(replaced), len(target))
     true_ce = torch.empty(n, dtype=torch.float64)

@@ -1,5 +1,5 @@
-"""Downstream quality in numbers: sums by document, the means and intervals that they give, and their place in
-summary.json and layers.parquet. What they mean, and how the sums are measured: `analysis.model.downstream`.
+"""Downstream quality: sums by document, the means and intervals computed from them, and their entries in summary.json
+and layers.parquet. For definitions, and how the sums are measured, see `analysis.model.downstream`.
 
 Shapes: L layers, C conditions, G documents. Tested in test_downstream.py.
 """
@@ -15,21 +15,21 @@ from analysis.quality import defined
 from analysis.uncertainty import MIN_INTERVAL_GROUPS, Interval, jackknife_intervals, without_each
 
 RECONSTRUCTED, MEAN, ZERO = range(3)
-"""What takes the residual stream's place, in the order of the C axis."""
+"""What replaces the residual stream, in the order of the C axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Downstream:
-    """Sums over the counted tokens of each document, and the numbers that they give."""
+    """Sums over the counted tokens of each document."""
 
     layers: NDArray[np.int64]
-    """[L] the model's block indices; of groups of layers each one's first."""
+    """[L] the model's block indices; for groups of layers, the first of each."""
     documents: NDArray[np.int64]
     """[G] documents with a counted token, ascending."""
     n_tokens: NDArray[np.int64]
     """[G] counted tokens."""
     true_ce: NDArray[np.float64]
-    """[G] summed cross-entropy of the untouched model, nats."""
+    """[G] summed cross-entropy of the unmodified model, nats."""
     ce: NDArray[np.float64]
     """[L, C, G] summed cross-entropy with the layer replaced, nats."""
     kl: NDArray[np.float64]
@@ -40,10 +40,10 @@ class Downstream:
         return _result(*(x.sum(axis=-1) for x in self._sums()))
 
     def intervals(self) -> dict[str, list[Interval | None]]:
-        """95 % intervals over documents of the numbers of `result`, by name: one for each layer, and last that of the
-        mean over layers. Empty if there are fewer than `MIN_INTERVAL_GROUPS` documents.
+        """95 % intervals over documents of the numbers of `result`, by name: one for each layer, then one for the mean
+        over layers. Empty if there are fewer than `MIN_INTERVAL_GROUPS` documents.
 
-        A replicate leaves a document out (`analysis.uncertainty`). None where a number is not defined in each.
+        Each replicate leaves one document out (`analysis.uncertainty`). None unless a number is defined in all.
         """
         if len(self.documents) < MIN_INTERVAL_GROUPS:
             return {}
@@ -56,14 +56,14 @@ class Downstream:
 
 
 class DownstreamResult(NamedTuple):
-    """Means over tokens; each [L] but the first two. NaN where a number is not defined."""
+    """Means over tokens, each [L] except the first two. NaN if a number is not defined."""
 
     n_tokens: Any
     """Counted tokens."""
     true_ce: Any
-    """Cross-entropy of the untouched model, nats per predicted token."""
+    """Cross-entropy of the unmodified model, nats per predicted token."""
     delta_ce: NDArray[np.float64]
-    """By how much the reconstruction raises it."""
+    """Increase of the cross-entropy by the reconstruction."""
     kl: NDArray[np.float64]
     """KL(true || reconstructed), nats per token."""
     loss_recovered_mean: NDArray[np.float64]
@@ -77,22 +77,22 @@ class DownstreamResult(NamedTuple):
 
 
 PER_LAYER = DownstreamResult._fields[2:]
-"""Numbers of a `DownstreamResult` that there is one of for each layer, under their names in the files."""
+"""Numbers with one value for each layer; also their names in the files."""
 
 _LEAST_COST = 0.01
-"""Nats that an ablation should cost for a share of it to be given."""
+"""Loss recovered is not defined if the ablation costs less than this, in nats."""
 
 BOUNDED = ("delta_ce", "kl", "loss_recovered_mean", "loss_recovered_zero")
-"""Those whose intervals are columns of layers.parquet."""
+"""Numbers whose intervals are columns of layers.parquet."""
 
 COLUMNS = (*PER_LAYER, *(f"{name}_{end}" for name in BOUNDED for end in ("low", "high")))
-"""Columns of layers.parquet, float64; null where downstream quality was not measured."""
+"""Columns of layers.parquet, float64; null if downstream quality was not measured."""
 
 _Intervals = Mapping[str, Sequence[Interval | None]]
 
 
 def layer_columns(found: Downstream | None, intervals: _Intervals, n_layers: int) -> list[dict[str, float | None]]:
-    """`COLUMNS` of each layer. intervals: of `Downstream.intervals`."""
+    """The `COLUMNS` of each layer. intervals: from `Downstream.intervals`."""
     if found is None:
         return [dict.fromkeys(COLUMNS) for _ in range(n_layers)]
     result = found.result()
@@ -107,9 +107,9 @@ def layer_columns(found: Downstream | None, intervals: _Intervals, n_layers: int
 
 
 def downstream_summary(found: Downstream | None, intervals: _Intervals, which: str) -> dict[str, Any] | None:
-    """The object `downstream` of summary.json: sizes, the untouched model, and means over layers with intervals.
+    """The object `downstream` of summary.json: sizes, the unmodified model, and means over layers with intervals.
 
-    which: what the tokens are, "validation" or "analysed".
+    which: the kind of tokens, "validation" or "analysed".
     """
     if found is None:
         return None
@@ -125,10 +125,10 @@ def downstream_summary(found: Downstream | None, intervals: _Intervals, which: s
 
 
 def _result(n_tokens: Any, true_ce: Any, ce: NDArray[np.float64], kl: NDArray[np.float64]) -> DownstreamResult:
-    """Means from sums: n_tokens [...], true_ce [...], ce and kl [L, C, ...]; ... is empty or replicates."""
+    """Means from sums: n_tokens [...], true_ce [...], ce and kl [L, C, ...]; ... is nothing, or replicates."""
     true_ce, ce, kl = true_ce / n_tokens, ce / n_tokens, kl / n_tokens
     delta = ce - true_ce  # [L, C, ...]
-    # Where an ablation costs next to nothing, as in a model with random weights, there is nothing to recover.
+    # If an ablation costs almost nothing, as in a model with random weights, there is no loss to recover.
     recovered = 1 - delta[:, :1] / np.where(delta[:, 1:] >= _LEAST_COST, delta[:, 1:], np.nan)
     return DownstreamResult(
         n_tokens=n_tokens,

@@ -1,8 +1,8 @@
-"""What the store's transformer tells: downstream quality, and the tokens that latents write.
+"""What needs the store's transformer: downstream quality, and the tokens that latents promote.
 
-How: `find_model` tells before the long work whether the store's model is on this machine, without a network unless it
-was asked for outright; `run_model` loads it once and measures. Where the model was not asked for and cannot be found,
-this part of the analysis is skipped and the reason is given.
+How: `find_model` checks before the long work whether the store's model is on this machine, and uses the network only if
+a flag requires the model; `run_model` loads it once and measures. If no flag requires the model and it cannot be found,
+this part of the analysis is skipped and the reason is recorded.
 """
 
 import time
@@ -34,39 +34,39 @@ from store.activations import ActivationStore
 from train.model import MLSAE
 
 DOWNSTREAM_FLOPS = 7.5e12
-"""Arithmetic that the default number of downstream tokens may take: about a minute on two cores."""
+"""FLOPs for the default number of downstream tokens: about a minute on two cores."""
 
 FEWEST_TOKENS, MOST_TOKENS = 256, 4096
-"""Bounds of the default number."""
+"""Bounds of that number."""
 
 TOGETHER_TOKENS, TOGETHER_SHARE = 64, 0.25
-"""Several layers are replaced at once at this share of the tokens, and at so many at least, where there are."""
+"""Several layers are replaced at once on this share of the tokens, but on at least this number if there are enough."""
 
 
 class FoundModel(NamedTuple):
-    """The store's model and lens, or why they cannot be found."""
+    """The store's model and lens, or why there are none."""
 
     spec: ModelSpec | None
     lens: TunedLens | None
     reason: str | None
-    """One sentence; None if the model is there, or if nothing asked for it."""
+    """One sentence; None if the model was found, or is not needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFindings:
     downstream: Downstream | None = None
     intervals: Mapping[str, Sequence[Interval | None]] = field(default_factory=dict)
-    """Of `Downstream.intervals`."""
+    """From `Downstream.intervals`."""
     which: str = ""
-    """Of which tokens downstream quality was measured: "validation" or "analysed"."""
-    together: dict[str, Any] | None = None  # of several layers replaced at once, for the summary
+    """The tokens on which downstream quality was measured: "validation" or "analysed"."""
+    together: dict[str, Any] | None = None  # the summary's entry for several layers replaced at once
     tokens: LatentTokens | None = None
     reason: str | None = None
-    """Why there is none of a part that was not turned off; None if all is there."""
+    """Why a part that was not turned off is missing; None if none is."""
     seconds: float = 0.0
 
     def summary(self) -> dict[str, Any]:
-        """The keys of summary.json that the transformer gave."""
+        """The keys of summary.json that need the transformer."""
         found = downstream_summary(self.downstream, self.intervals, self.which)
         return {
             "transformer": {"reason": self.reason, "seconds": self.seconds},
@@ -76,7 +76,7 @@ class ModelFindings:
 
 
 def find_model(options: TransformerOptions, store: ActivationStore) -> FoundModel:
-    """Look for what `options` need. Raises `ResidscopeError` where it was asked for outright and cannot be found."""
+    """Find what `options` need. Raises `ResidscopeError` if a flag requires it and it cannot be found."""
     if options.downstream_tokens == 0 and not options.latent_logits:
         return FoundModel(None, None, None)
     try:
@@ -88,7 +88,7 @@ def find_model(options: TransformerOptions, store: ActivationStore) -> FoundMode
 
 
 def locate(store: ActivationStore, model: str | None, lens: str | None, *, offline: bool) -> FoundModel:
-    """The model and lens of `store`; offline looks for those of the hub in the local cache only."""
+    """The model and lens of `store`; with `offline`, those of the hub only if they are in the local cache."""
     spec = spec_of_store(store, model, offline=offline)
     lens = lens or recorded_place(store.path, "lens")
     if offline and lens is None and store.meta.lens and not _lens_is_cached(str(store.meta.lens.get("id"))):
@@ -106,9 +106,9 @@ def run_model(
     folder: Path,
     pca: MLSAE | None,
 ) -> ModelFindings:
-    """Load the model and measure; latent_logits.parquet is written into `folder`.
+    """Load the model and measure; writes latent_logits.parquet into `folder`.
 
-    live: latents that fired. pca: the baseline as an autoencoder, if there is one. Raises as `find_model` does.
+    live: latents that fired. pca: the baseline as an autoencoder, if there is one. Raises like `find_model`.
     """
     if found.spec is None:
         return ModelFindings(reason=found.reason)
@@ -155,8 +155,8 @@ def run_model(
 
 
 def default_tokens(model: LoadedModel, n_layers: int) -> int:
-    """Tokens for downstream quality of `n_layers` layers within `DOWNSTREAM_FLOPS`: three conditions for each layer,
-    each of which runs half of the blocks on average, and the unembedding."""
+    """Number of tokens for which downstream quality of `n_layers` layers takes `DOWNSTREAM_FLOPS`: there are three
+    conditions for each layer, and each runs half of the blocks on average, and the unembedding."""
     blocks = sum(parameter.numel() for parameter in model.blocks.parameters())
     unembedding = sum(parameter.numel() for parameter in model.unembedding.parameters())
     per_token = 2 * 3 * n_layers * (blocks / 2 + unembedding)

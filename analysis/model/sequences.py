@@ -1,6 +1,6 @@
-"""Which sequences of a store go through the model again, chosen from the token table alone.
+"""Which sequences of a store are run through the model again, chosen from the token table alone.
 
-A sequence is a run of tokens up to the next position 0. Sequences are run whole, without padding.
+A sequence extends to the next token at position 0. Whole sequences are run, without padding.
 
 Shapes: T tokens, B sequences, N positions, n counted tokens. Tested in test_downstream.py.
 """
@@ -18,7 +18,7 @@ from store.arrays import TokenTable
 
 
 class SequenceBatch(NamedTuple):
-    """Sequences of one length."""
+    """Sequences of the same length."""
 
     input_ids: Tensor
     """int64 [B, N]"""
@@ -33,10 +33,10 @@ class SequenceBatch(NamedTuple):
 def batches_to_measure(
     tokens: TokenTable, chosen: NDArray[np.bool_], max_tokens: int, batch_tokens: int
 ) -> list[SequenceBatch]:
-    """The sequences to run for at most `max_tokens` counted tokens: kept ones of `chosen` [T] with a next token in
+    """The sequences to run for at most `max_tokens` counted tokens: kept tokens of `chosen` [T] with a next token in
     their sequence.
 
-    Where there are too many, sequences are taken at even distances, so that as many documents as can be have a part.
+    If there are more, evenly spaced sequences are taken, so that as many documents as possible are represented.
     """
     starts, stops = sequence_bounds(tokens.position)
     counted = tokens.keep & chosen
@@ -59,13 +59,13 @@ def batches_to_measure(
 
 
 def sequence_bounds(position: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First token of each sequence, and one past its last, of positions [T]."""
+    """The first token of each sequence, and one past its last, from positions [T]."""
     starts = np.union1d([0], np.flatnonzero(position == 0))
     return starts, np.append(starts[1:], len(position))
 
 
 def _grouped(runs: list[tuple[int, int]], batch_tokens: int) -> Iterator[list[tuple[int, int]]]:
-    """Runs of one length that follow each other, at most `batch_tokens` tokens together but one run at least."""
+    """Consecutive runs of the same length, at most `batch_tokens` tokens together, but at least one run."""
     for length, group in groupby(runs, lambda run: run[1] - run[0]):
         alike, n = list(group), max(1, batch_tokens // length)
         yield from (alike[i : i + n] for i in range(0, len(alike), n))

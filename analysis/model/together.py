@@ -1,7 +1,7 @@
-"""Several layers replaced at once: which, and what it costs beside the sum of what each costs alone.
+"""Several layers replaced at once: which layers, and the cost, compared with the sum of the costs of single layers.
 
-Each reconstruction acts on what those below it made of the stream, so that errors add up, or undo each other, which
-numbers of single layers do not tell (ReSAE, arXiv 2605.27819). Groups: `groups_of`, and docs/method.md.
+Each reconstruction is of a stream that was already changed at the layers below, so errors accumulate or cancel, which
+results for single layers do not show (ReSAE, arXiv 2605.27819). Groups: `groups_of`, and docs/method.md.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from analysis.quality import defined
 EVERY, PARTS = (2, 4, 8), (0.25, 0.5, 0.75)
 NUMBERS = ("delta_ce", "kl", "loss_recovered_mean", "mean_ablation_delta_ce", "mean_ablation_kl")
 PCA_NUMBERS = {"pca_delta_ce": "zero_ablation_delta_ce", "pca_kl": "zero_ablation_kl"}
-"""PCA's numbers stand in the place of zero ablation's (`measure_downstream`)."""
+"""PCA's numbers take the place of zero ablation's (`measure_downstream`)."""
 
 
 class Group(NamedTuple):
-    """Layers that are replaced together."""
+    """Layers replaced together."""
 
     kind: str  # all, every, first or last
     n: int  # every n-th layer; the first or last n; the number of all
@@ -32,7 +32,7 @@ def group_words(kind: str, n: int) -> str:
 
 
 def groups_of(layers: Sequence[int]) -> list[Group]:
-    """The groups of some ascending layers; none of a single layer."""
+    """The groups for some ascending layers; none for a single layer."""
     n = len(layers)
     sizes = sorted({round(part * n) for part in PARTS} - {0, n})
     found = [Group("all", n, tuple(layers))]
@@ -43,8 +43,8 @@ def groups_of(layers: Sequence[int]) -> list[Group]:
 
 
 def together_summary(groups: Sequence[Group], found: Downstream, pca: bool, intervals: bool) -> dict[str, Any]:
-    """`downstream.together` of summary.json. found: of the groups, and then of each layer by itself. pca: whether PCA
-    was measured."""
+    """`downstream.together` of summary.json. found: results for the groups, then for each layer by itself. pca: whether
+    PCA was measured."""
     result, bounds = found.result(), found.intervals() if intervals else {}
     rows: list[dict[str, Any]] = []
     names = dict(zip(NUMBERS, NUMBERS, strict=True)) | (PCA_NUMBERS if pca else {})

@@ -1,10 +1,10 @@
 """The transformer and the lens that a store was harvested with, loaded again for analyses that run the model.
 
 How: the store's provenance names the model, its commit or the hash of its files, the format it ran in, and the lens;
-what is loaded must be the same, else every number would speak of another model. Where a hash tells nothing (a local
-copy of a hub model), `harvest.model.checks` compares what the model gives with what the store holds. A model or lens
-that came from a local folder is known to the store by name only: the file with the harvest's options beside the store
-says where it is, or the caller. Tested in test_downstream.py.
+what is loaded must be the same, otherwise every number would be of another model. If there is no hash to compare (a
+local copy of a hub model), `harvest.model.checks` compares the model's activations with the store's. The store knows a
+local model or lens by its folder's name only: its path is in the file with the harvest's options next to the store, or
+given by the caller. Tested in test_downstream.py.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ from train.hardware import resolve_device
 
 
 def load_of_store(store: ActivationStore, spec: ModelSpec, *, device: str = "auto") -> LoadedModel:
-    """The weights of `spec` of `spec_of_store`, in the format of the harvest; `IncompatibleError` for other sizes."""
+    """Load the model `spec` (from `spec_of_store`) in the harvest's dtype; `IncompatibleError` if its sizes differ."""
     dtype = getattr(torch, store.meta.provenance.get("compute_dtype", "float32"))
     model = load_model(spec, dtype=dtype, device=resolve_device(device))
     refuse_other_sizes(store, model)
@@ -31,11 +31,11 @@ def load_of_store(store: ActivationStore, spec: ModelSpec, *, device: str = "aut
 
 
 def spec_of_store(store: ActivationStore, name: str | None = None, *, offline: bool = False) -> ModelSpec:
-    """Which model `store` was harvested from, found again; no weights are loaded yet.
+    """Find the model that `store` was harvested from, without loading its weights.
 
-    name: where the model is, if the store's own word for it is not enough (a folder, a GGUF file). offline: a model of
-    the hub is looked for in the local cache only. Raises `UsageError` where it is not found, `IncompatibleError` where
-    it is another model or other weights.
+    name: where the model is (a folder or GGUF file), if its name in the store is not enough. offline: look for a hub
+    model in the local cache only. Raises `UsageError` if it is not found, `IncompatibleError` if it is another model or
+    has other weights.
     """
     provenance = store.meta.provenance
     model, revision = str(provenance.get("model")), provenance.get("model_revision")
@@ -45,17 +45,17 @@ def spec_of_store(store: ActivationStore, name: str | None = None, *, offline: b
         "seed": int(provenance.get("seed") or 0),
     }
     if name is None and source == "hub" and offline:
-        if provenance.get("adapter"):  # Without its base, which only the hub can tell, it would be left out.
-            raise UsageError(f"{model} has an adapter, which is not looked for unless it is asked for: give --model")
+        if provenance.get("adapter"):  # Its base model is known only to the hub; without it the adapter would be lost.
+            raise UsageError(f"{model} has an adapter, which is only loaded on request: give --model")
         return ModelSpec(name=model, source="hub", location=model, revision=revision, cached_only=True, **weights)
     if name is None and source != "hub":
         name = recorded_place(store.path, "model")
     is_local = Path(name or model).expanduser().exists()
     if name is None and source == "folder" and not is_local:
-        # By the folder's name alone a model of the hub might be taken for it.
+        # A hub model may have the folder's name.
         raise UsageError(
-            f"{store.path} was harvested from the folder {model!r}, which was not found (nor a folder in "
-            f"{options_file(store.path).name} beside the store): give its path with --model"
+            f"{store.path} was harvested from the folder {model!r}, which was not found, neither here nor through "
+            f"{options_file(store.path).name} next to the store: give its path with --model"
         )
     try:
         found = resolve_model(name or model, revision=None if is_local else revision, **weights)
@@ -68,10 +68,10 @@ def spec_of_store(store: ActivationStore, name: str | None = None, *, offline: b
 
 
 def lens_of_store(store: ActivationStore, name: str | None = None) -> TunedLens | None:
-    """The lens that `store`'s vectors went through, or None where they went through none.
+    """The lens that was applied to `store`'s vectors, or None.
 
-    name: where the lens is, if it came from a local folder. Raises `UsageError` where it is not found,
-    `IncompatibleError` where it is another lens.
+    name: where the lens is, if it came from a local folder. Raises `UsageError` if it is not found, `IncompatibleError`
+    if it is another lens.
     """
     if (described := store.meta.lens) is None:
         return None

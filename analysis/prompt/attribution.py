@@ -1,16 +1,16 @@
-"""How much each active latent adds to one of the model's predictions, to first order.
+"""How much each active latent contributes to one of the model's predictions, to first order.
 
 With m the log probability of a token after position p (or the difference of two tokens' logits), g its gradient with
 respect to the output of block l at position t, and a_j, s and d_j as in intervene.py,
 
     effect = a_j s (d_j . g)
 
-is what m would lose if the latent's part were taken out there alone, as far as m is linear: attribution by the
-gradient (Nanda 2023, "attribution patching"; Marks et al. 2025, "Sparse feature circuits", section 3.1), here against
-zero. One forward and one backward pass give it for all latents, layers and positions. Effects of a latent at several
-layers do not add up: what is taken out after one block is missing after the later ones too. In a store that went
-through a lens, d_j is taken back through its inverse. The effect of what the autoencoder misses at a layer is e . g
-over the kept positions, e the reconstruction's error: the error nodes of Marks et al.
+is by how much m would fall if the latent were ablated there alone and m were linear: gradient attribution (Nanda 2023,
+"attribution patching"; Marks et al. 2025, "Sparse feature circuits", section 3.1), here with zero as the baseline. One
+forward and one backward pass give it for all latents, layers and positions. Effects of a latent at several layers do
+not add up: what is removed after one block is missing after later blocks too. If the store was harvested through a
+lens, d_j is mapped back by its inverse. The effect of what the autoencoder misses at a layer is e . g summed over the
+kept positions, with e the reconstruction error: the error nodes of Marks et al.
 
 Shapes: N positions, D d_model, V vocabulary, A activations that are not zero.
 """
@@ -30,7 +30,7 @@ from analysis.prompt.view import Activations, Tokens
 from residscope.errors import IncompatibleError, is_out_of_memory, said
 
 ROWS = 8192
-"""Activations that are worked on at a time."""
+"""Activations processed at once."""
 
 
 @torch.inference_mode(False)
@@ -44,10 +44,10 @@ def attribute(
     token: int,
     against: int | None,
 ) -> tuple[NDArray[np.float64], dict[int, float]]:
-    """The effect [A] of each of the activations `found` of a text, at `layers`, on the prediction after `position`: on
-    the log probability of `token`, nats, or on its logit less that of `against`; and by layer that of what is missed.
+    """The effect [A] of each of a text's activations `found` at `layers` on the prediction after `position`: on the log
+    probability of `token` in nats, or on its logit minus that of `against`; and, by layer, of the reconstruction error.
 
-    Raises `IncompatibleError` where the model has no backward pass.
+    Raises `IncompatibleError` if the model has no backward pass.
     """
     model = prompted.model
     input_ids = torch.from_numpy(tokens.ids)[None].to(model.device)
@@ -88,11 +88,11 @@ def attribute(
 
 @torch.no_grad()
 def _along(prompted: PromptedModel, x: Tensor, gradient: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    """Of a block's outputs [n, D] and the gradient there: the standardised ones less b_pre, and the gradient with
-    respect to these."""
+    """From a block's outputs [n, D] and the gradient there: the standardised outputs minus b_pre, and the gradient with
+    respect to them."""
     y, g = prompted.seen(x, layer), gradient.float()
     if prompted.lens is not None:
-        # Of an affine inverse: the gradient goes back through its linear part.
+        # The lens's inverse is affine: the gradient passes through its linear part.
         lens = prompted.lens
         g = torch.func.vjp(lambda vectors: lens.invert(vectors, layer), torch.zeros_like(g))[1](g)[0]
     y_std, _, std = prompted.sae.standardize(y, prompted.sae.rows_of_layer(layer, len(y)))

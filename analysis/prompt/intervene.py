@@ -1,20 +1,20 @@
-"""What latents do to the model's predictions: they are taken out of the residual stream after one, some or all blocks,
-or added to it, while the model runs.
+"""What latents do to the model's predictions: while the model runs, they are subtracted from the residual stream after
+one, some or all blocks, or added to it.
 
-With a_j the latent's activation at a vector x of layer l, s the scale that x was divided by when it was standardised,
-and d_j the latent's row of W_dec, at every kept position
+With a_j the latent's activation at a vector x of layer l, s the scale that x is divided by in standardisation, and d_j
+the latent's row of W_dec, at every kept position
 
-    ablate    x' = x - a_j s d_j              what the latent contributed to the reconstruction is missing
+    ablate    x' = x - a_j s d_j              the latent's contribution to the reconstruction is removed
     steer     x' = x + c s d_j                as if its activation were higher by c; c may be negative
 
-Changes of one block add up, each worked out from the block's own output; a later block's is worked out from what the
-earlier changes made of it. The reconstruction's own error stays as it is, so that an intervention of nothing changes
-nothing. In a store that went through a lens the sum is made in the lens's basis and taken back through its inverse. The
-true run goes through neither autoencoder nor lens.
+Changes after the same block add up, each computed from the block's own output; those after a later block are computed
+from its output in the changed run. The reconstruction error stays in place, so an empty intervention changes nothing.
+If the store was harvested through a lens, the sum is made in the lens's basis and mapped back by its inverse. The true
+run uses neither autoencoder nor lens.
 
 The results, with p the next-token probabilities of the true run and q those of the changed one: KL(p || q) in nats at
-the last position and as the mean over kept positions; the tokens whose probability at the last position rises and falls
-most; and by how much their logits change, less the mean change over the vocabulary.
+the last position and averaged over kept positions; the tokens whose probability at the last position rises or falls
+most; and the changes of their logits, minus the mean change over the vocabulary.
 
 Shapes: N positions, D d_model, V vocabulary, n kept positions.
 """
@@ -38,30 +38,31 @@ from train.kernels.interface import SparseCodes
 from train.model import MLSAE
 
 N_SHOWN, N_AT_TOKEN = 8, 3
-"""Tokens shown at each end, and of the prediction after the text; of the prediction at each token of it."""
+"""Number of tokens shown that rise most, that fall most, and that are likeliest after the text; and after each of its
+tokens."""
 
 TILE = 64
-"""Positions whose logits are held at a time."""
+"""Positions whose logits are held at once."""
 
 LARGEST = 1e38
-"""Coefficients of steering must be smaller, to fit into float32."""
+"""Steering coefficients must be smaller, so that they fit into float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Intervention:
-    """A change of the residual stream, the same after each of some blocks."""
+    """A change of the residual stream after one or more blocks."""
 
     kind: Literal["ablate", "steer"]
     latent: int
     layers: tuple[int, ...] | Literal["all"] | None
-    """The model's block indices; None: where the latent is strongest on the prompt."""
+    """The model's block indices; None: the layer where the latent is strongest on the prompt."""
     coefficient: float | None = None
-    """Activation that steering adds."""
+    """Activation added by steering."""
     positions: tuple[int, ...] | None = None
-    """Those of the text at which it is made, from 0; None: all kept ones, and new tokens too."""
+    """Positions of the text, from 0, at which to make the change; None: all kept ones, and generated tokens."""
 
     def at(self, every: Sequence[int], strongest: int | None = None) -> "Intervention":
-        """The same with its layers by number. every: those trained on."""
+        """The same with its layers as numbers. every: the layers trained on. strongest: see `layers`."""
         found = () if strongest is None else (strongest,)
         return replace(
             self, layers=tuple(every) if self.layers == "all" else found if self.layers is None else self.layers
@@ -75,25 +76,25 @@ class TokenChange(NamedTuple):
     p_true: float
     p_changed: float
     logit_change: float
-    """Less the mean change over the vocabulary."""
+    """Minus the mean change over the vocabulary."""
 
 
 class Effect(NamedTuple):
     kl_last: float
     """KL(true || changed) at the last position, nats."""
     kl_mean: float
-    """The mean over kept positions, nats per token."""
+    """Its mean over kept positions, nats per token."""
     increased: list[TokenChange]
-    """Tokens whose probability rises most, the foremost first; fewer than `N_SHOWN` where fewer rise."""
+    """Up to `N_SHOWN` tokens whose probability rises most, largest rise first."""
     decreased: list[TokenChange]
     next_changed: list[tuple[int, float]]
-    """Token and probability, the likeliest first, after the prompt in the changed run."""
+    """Likeliest tokens after the prompt in the changed run, with their probabilities, in falling order."""
     watched: list[TokenChange]
-    """Tokens that were asked for."""
+    """The requested tokens."""
 
 
 class PromptedModel(NamedTuple):
-    """Model, autoencoder and lens, and the format that the store keeps vectors in."""
+    """Model, autoencoder and lens, and the store's number format."""
 
     model: LoadedModel
     sae: MLSAE
@@ -101,10 +102,10 @@ class PromptedModel(NamedTuple):
     lens: TunedLens | None
     stored_dtype: str
     check: Callable[[], object] = bool
-    """Called at each layer; what it raises ends the work."""
+    """Called at each layer; may raise to stop the work."""
 
     def seen(self, x: Tensor, layer: int) -> Tensor:
-        """Block outputs [n, D] as the autoencoder would get them from the store: through the lens, rounded."""
+        """Block outputs [n, D] as the autoencoder would get them from the store: after the lens, rounded."""
         self.check()
         y = x.float() if self.lens is None else self.lens.apply(x, layer)
         return y.to(getattr(torch, self.stored_dtype)).float()
@@ -123,18 +124,18 @@ def parse_steer(text: str) -> Intervention:
             raise ValueError(coefficient)
         return Intervention(kind="steer", latent=int(latent), layers=_layers(layers), coefficient=amount, positions=at)
     except ValueError:
-        wanted = "such as 17:10:8, 17:3,4:8, 17:all:8 or, at position 5 alone, 17:10:8@5 (8 is what is added)"
+        wanted = "such as 17:10:8, 17:3,4:8, 17:all:8 or, only at position 5, 17:10:8@5 (8 is added)"
         raise UsageError(f"--steer should be LATENT:LAYER:COEFFICIENT, {wanted}, found {text!r}") from None
 
 
 def parse_ablate(text: str) -> Intervention:
-    """LATENT, LATENT:LAYERS, or one of them and @POSITIONS."""
+    """LATENT or LATENT:LAYERS, either followed by @POSITIONS."""
     try:
         what, at = _parts(text)
         latent, _, layers = what.partition(":")
         return Intervention(kind="ablate", latent=int(latent), layers=_layers(layers) if layers else None, positions=at)
     except ValueError:
-        wanted = "such as 17, 17:10, 17:3,4, 17:all or, at position 5 alone, 17:10@5"
+        wanted = "such as 17, 17:10, 17:3,4, 17:all or, only at position 5, 17:10@5"
         raise UsageError(f"--ablate should be LATENT or LATENT:LAYER, {wanted}, found {text!r}") from None
 
 
@@ -155,7 +156,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 def changed_vectors(
     prompted: PromptedModel, interventions: Sequence[Intervention], x: Tensor, layer: int, position: Tensor
 ) -> Tensor:
-    """The block's outputs x [n, D] at `position`, int64 [n], changed; float32."""
+    """The changed outputs of a block, float32, from its outputs x [n, D] at `position` int64 [n]."""
     sae, y = prompted.sae, prompted.seen(x, layer)
     std = sae.standardize(y.clone(), sae.rows_of_layer(layer, len(y))).std  # [n, 1]
     shift = torch.zeros_like(y)  # [n, D]
@@ -170,7 +171,7 @@ def changed_vectors(
         shift += amount * std * sae.W_dec[one.latent]
     if prompted.lens is None:
         return x.float() + shift
-    # The inverse is affine: of a difference it is the difference of inverses.
+    # The inverse is affine, so the shift itself is mapped by the difference of two inverses.
     return x.float() + (prompted.lens.invert(shift, layer) - prompted.lens.invert(torch.zeros_like(shift), layer))
 
 
@@ -178,10 +179,11 @@ def changed_vectors(
 def changing(
     prompted: PromptedModel, blocks: nn.ModuleList, interventions: Sequence[Intervention], kept: Tensor | None = None
 ) -> Iterator[None]:
-    """Within it the blocks' outputs are changed, by hooks and nothing else.
+    """Within the block, hooks change the outputs of the model's `blocks`.
 
-    kept: bool [B, N], where, in passes over N positions; by default everywhere but at a sequence's first position, on
-    which no autoencoder is trained. A pass over one position, as generation makes them, is changed there."""
+    kept: bool [B, N], where to change them in passes over N positions; by default everywhere except at a sequence's
+    first position, on which no autoencoder is trained. Passes over one position, as in generation, are changed there.
+    """
 
     def hook(module: nn.Module, arguments: Any, output: Any, *, layer: int, own: Sequence[Intervention]) -> Any:
         shape = (output[0] if isinstance(output, tuple | list) else output).shape[:2]
@@ -190,7 +192,7 @@ def changing(
         else:
             where = torch.ones(shape, dtype=torch.bool, device=prompted.sae.W_dec.device)
             where[:, 0] = shape[1] == 1
-        position = where.nonzero()[:, 1] - int(shape[1] == 1)  # -1, that of no intervention, for a new token
+        position = where.nonzero()[:, 1] - int(shape[1] == 1)  # -1 for a new token, which no intervention names
         return with_residual(output, partial(changed_vectors, prompted, own, layer=layer, position=position), where)
 
     with ExitStack() as stack:
@@ -201,7 +203,7 @@ def changing(
 
 
 class PromptRun:
-    """A prompt that went through the untouched model, ready for interventions."""
+    """A prompt that was run through the unmodified model, ready for interventions."""
 
     @torch.inference_mode()
     def __init__(self, prompted: PromptedModel, input_ids: Tensor, kept: Tensor, true: Tensor | None = None) -> None:
@@ -212,14 +214,14 @@ class PromptRun:
         self._known = TrueRun(prompted.model.logits, true[self._kept])
         self._last_logits = prompted.model.logits(true[0, -1]).float()  # [V]
         self.next_tokens = likeliest(self._last_logits.softmax(dim=-1))
-        """Of the token after the prompt."""
+        """The likeliest tokens after the prompt."""
         logits = (prompted.model.logits(part).float() for part in true[0].split(TILE))
         self.next_at = [likeliest(p, N_AT_TOKEN) for part in logits for p in part.softmax(dim=-1)]
-        """[N] of the token after each."""
+        """[N] the likeliest tokens after each token."""
 
     @torch.inference_mode()
     def effect(self, interventions: Sequence[Intervention], watched: Sequence[int] = ()) -> Effect:
-        """Run again with all of these changes, whose layers are numbers. watched: tokens whose own change is wanted."""
+        """Run again with all of these changes, whose layers must be numbers. watched: further tokens to report."""
         model = self.prompted.model
         with changing(self.prompted, model.blocks, interventions, self._kept):
             changed = last_output(model, self._ids)
@@ -229,7 +231,7 @@ class PromptRun:
         logits = model.logits(changed[0, -1]).float()
         if logits.isnan().any():
             what = ", ".join(f"{one.kind} latent {one.latent}" for one in interventions)
-            raise UsageError(f"{what}: the model's predictions become NaN; use a smaller coefficient")
+            raise UsageError(f"{what}: the model's predictions become NaN: use a smaller coefficient")
         log_p, log_q = self._last_logits.log_softmax(dim=-1), logits.log_softmax(dim=-1)
         p, q, logit_change = self._last_logits.softmax(dim=-1), logits.softmax(dim=-1), logits - self._last_logits
         logit_change -= logit_change.mean()
@@ -252,11 +254,11 @@ class PromptRun:
 
     @torch.inference_mode()
     def continued(self, n_tokens: int, interventions: Sequence[Intervention] = ()) -> list[int]:
-        """At most so many tokens that the model goes on with, each the likeliest; new ones are changed too."""
+        """At most `n_tokens` tokens that continue the prompt, always the likeliest; changes apply to new ones too."""
         model = self.prompted.model
         ids = self._ids.to(model.device)
         with changing(self.prompted, model.blocks, interventions, self._kept):
-            # The model's own configuration may ask for penalties, with which the likeliest is not taken.
+            # The model's own configuration may have penalties, with which the likeliest token is not chosen.
             end = model.causal_lm.generation_config.eos_token_id
             how = GenerationConfig(do_sample=False, max_new_tokens=n_tokens, pad_token_id=0, eos_token_id=end)
             made = model.causal_lm.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)

@@ -1,6 +1,6 @@
-"""`analyze --prompt`: prompts added to the analysis in the output folder, which is made first if there is none.
+"""`analyze --prompt`: adds prompts to the analysis in the output folder, which is made first if there is none.
 
-The model reads the prompts; prompt.parquet and prompt.json are written, and report.html again. Tested in test_view.py.
+Runs the model on the prompts, writes prompt.parquet and prompt.json, and report.html again. Tested in test_view.py.
 """
 
 import json
@@ -33,10 +33,10 @@ from residscope.reading import reading
 from store.files import atomic_write
 
 VERSION = 2
-"""Of prompt.json; in 1 `latents` were those of most mass, not the most specific ones."""
+"""Version of prompt.json. In version 1, `latents` were those with the most mass, not the most specific ones."""
 
 MOST_LATENTS = 256
-"""Latents of a prompt that prompt.json lists, by falling specificity; prompt.parquet has all."""
+"""Most latents of a prompt in prompt.json, by falling specificity; prompt.parquet has all."""
 
 COLUMNS = pa.schema(
     [
@@ -49,8 +49,8 @@ COLUMNS = pa.schema(
 
 
 def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
-    """Look at the prompts, write, print, and return prompt.json's content. Raises as `analyze` does, before any
-    work where the model cannot be found or an option makes no sense."""
+    """Run the prompts, write and print the results, and return prompt.json's content. Raises like `analyze`, and before
+    any work if the model cannot be found or an option makes no sense."""
     prompts = config.prompts
     interventions = [*map(parse_ablate, prompts.ablate), *map(parse_steer, prompts.steer)]
     inputs = open_inputs(config.store, config.sae)
@@ -84,7 +84,7 @@ def analyze_prompts(config: AnalyzeConfig) -> dict[str, Any]:
 
 
 def usual_of(folder: Path) -> Usual:
-    """How active each latent is in the analysis in a folder."""
+    """How active each latent is in the analysis in `folder`."""
     with reading(f"{folder}: the analysis there is damaged", "run `analyze` again"):
         total = np.asarray(read_table(folder / LATENTS, columns=["total"])["total"].to_numpy())
         return Usual(total, int(read_summary(folder / SUMMARY)["n_tokens"]))
@@ -92,7 +92,7 @@ def usual_of(folder: Path) -> Usual:
 
 def _write(config: AnalyzeConfig, views: Sequence[PromptView], content: dict[str, Any]) -> None:
     out = config.out_dir
-    (out / PROMPT_JSON).unlink(missing_ok=True)  # no reader takes it for that of the table below
+    (out / PROMPT_JSON).unlink(missing_ok=True)  # so that it is never read with another run's table
     sink = pa.BufferOutputStream()
     write_table(_table(views), sink)
     atomic_write(out / PROMPT_TABLE, [memoryview(sink.getvalue())])
@@ -111,7 +111,7 @@ def _table(views: Sequence[PromptView]) -> pa.Table:
 
 
 def plain_effect(effect: Effect, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What interventions did, as prompt.json has it."""
+    """What interventions did, in the form of prompt.json."""
 
     def changes(found: list[TokenChange]) -> list[dict[str, Any]]:
         return [{"token": tokenizer.text([change.token_id])[0], **change._asdict()} for change in found]
@@ -121,12 +121,12 @@ def plain_effect(effect: Effect, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def plain_tokens(found: Sequence[tuple[int, float]], tokenizer: Tokenizer, name: str) -> list[dict[str, Any]]:
-    """Tokens and their probabilities, as prompt.json has them."""
+    """Tokens and their probabilities, in the form of prompt.json."""
     return [{"token": tokenizer.text([i])[0], "token_id": i, name: p} for i, p in found]
 
 
 def plain_prompt(view: PromptView, tokenizer: Tokenizer, most: int = MOST_LATENTS) -> dict[str, Any]:
-    """A prompt's part of prompt.json, with so many latents at most."""
+    """A prompt's part of prompt.json, with at most `most` latents."""
     tokens, latents = view.tokens, view.latents
     return {
         "text": view.text,
@@ -144,7 +144,7 @@ def plain_prompt(view: PromptView, tokenizer: Tokenizer, most: int = MOST_LATENT
             {
                 **asdict(intervention),
                 "layers": (layers := [int(layer) for layer in intervention.layers or ()]),
-                "layer": layers[0] if len(layers) == 1 else None,  # as before there could be several
+                "layer": layers[0] if len(layers) == 1 else None,  # from when there could only be one
                 **plain_effect(effect, tokenizer),
             }
             for intervention, effect in view.results

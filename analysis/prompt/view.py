@@ -1,9 +1,9 @@
-"""A text of the user's own, looked at through the autoencoder: which latents are active at which token and layer, and
-what happens when one is ablated or steered.
+"""A user's own text, seen through the autoencoder: which latents are active at which token and layer, and what happens
+when one is ablated or steered.
 
-The prompt's tokens are opened as the store's sequences are: by what the tokenizer puts in front of a text, else by what
-separates documents, so that the first word is not at position 0, which is left out as in the store. Vectors go through
-the store's lens and number format, so that the codes are those that an analysis of the same text would have.
+A prompt begins like the store's sequences: with the tokens that the tokenizer puts in front of a text, or else with the
+separator of documents. So its first word is not at position 0, which is masked as in the store. Vectors go through the
+store's lens and number format, so that the codes are those of an analysis of the same text.
 
 Shapes: N positions, A activations that are not zero, J latents active in the prompt.
 """
@@ -24,20 +24,20 @@ from residscope.errors import UsageError
 from store.activations import ActivationStore
 
 N_ABLATED = 8
-"""Latents that are ablated where nothing else is asked for."""
+"""Number of latents to ablate by default."""
 
 
 class Tokens(NamedTuple):
-    """A prompt as the model reads it, [N] each."""
+    """A prompt as the model sees it, [N] each."""
 
     ids: NDArray[np.int64]
     texts: list[str]
     kept: NDArray[np.bool_]
-    """False for the opening and special tokens, which no autoencoder was trained on."""
+    """False for the opening and for special tokens, which autoencoders are not trained on."""
 
 
 class Activations(NamedTuple):
-    """All activations above zero, each column [A]: by position, then layer, then falling activation."""
+    """All activations above zero, each column [A], sorted by position, layer, and falling activation."""
 
     position: NDArray[np.int64]
     layer: NDArray[np.int64]
@@ -47,7 +47,7 @@ class Activations(NamedTuple):
 
 
 class Usual(NamedTuple):
-    """How active latents are in an analysis, to tell what is special about a prompt."""
+    """How active latents are in an analysis, to find what is special about a prompt."""
 
     total: NDArray[np.float64]  # [M] sum of each latent's activations
     n_tokens: int
@@ -62,18 +62,18 @@ class PromptLatents(NamedTuple):
     layer_mean: NDArray[np.float64]
     """Mean layer, by mass."""
     peak_layer: NDArray[np.int64]
-    """The layer with the most mass; the earlier of two."""
+    """The layer with the most mass; if there are several, the first."""
     peak: NDArray[np.float32]
     """Its highest activation."""
     peak_position: NDArray[np.int64]
-    """Where that is."""
+    """The position of that."""
     specificity: NDArray[np.float64]
-    """mass ln(mass / expected mass): a latent that is always on has little, however strong it is."""
+    """mass ln(mass / expected mass): low for a latent that is always on, however strong it is."""
 
 
 class Result(NamedTuple):
     intervention: Intervention
-    """Its layers by number."""
+    """With its layers as numbers."""
     effect: Effect
 
 
@@ -84,23 +84,23 @@ class PromptView:
     activations: Activations
     latents: PromptLatents
     run: PromptRun
-    """The true one."""
+    """The run without interventions."""
     results: list[Result]
     silent: list[int]
-    """Latents that were to be ablated where they are strongest, but are not active in the prompt."""
+    """Latents that were not ablated, because they are not active in the prompt."""
 
 
 def opening_of(store: ActivationStore, tokenizer: Tokenizer) -> list[int]:
-    """Ids to put in front of a prompt: what opens the store's sequences, else what separates its documents, and without
-    that (`--no-pack`) what would; a line end for a tokenizer that has no end of text."""
+    """Ids to put in front of a prompt: those that open the store's sequences, else its separator of documents; without
+    one (`--no-pack`), the tokenizer's end of text, or a line end if it has none."""
     provenance, end = store.meta.provenance, tokenizer.end_of_text
-    bos = provenance.get("bos_id")  # the opening in stores of before
+    bos = provenance.get("bos_id")  # the opening in earlier stores
     before = provenance.get("opening_ids") or ([] if bos is None else [bos]) or provenance.get("separator_ids")
     return [int(i) for i in before or (tokenizer.separator_ids(end) if end else tokenizer.encode(["\n"])[0])]
 
 
 def read_prompt(store: ActivationStore, tokenizer: Tokenizer, config: Any, text: str) -> Tokens:
-    """Tokens of a prompt. config: the model's own. `UsageError` if it is empty, too long, or beyond its embedding."""
+    """Tokens of a prompt. config: the model's. `UsageError` if it is empty, too long, or has unknown token ids."""
     opening = opening_of(store, tokenizer)
     try:
         text.encode()
@@ -112,14 +112,14 @@ def read_prompt(store: ActivationStore, tokenizer: Tokenizer, config: Any, text:
     ids = np.array(opening + own, np.int64)
     limit = longest_context(config)
     if limit is not None and len(ids) > limit:
-        raise UsageError(f"the prompt has {len(ids)} tokens: the model takes at most {limit}; give a shorter text")
+        raise UsageError(f"the prompt has {len(ids)} tokens, and the model takes at most {limit}: give a shorter text")
     rows = config.get_text_config().vocab_size
     if ids.max() >= rows:
         raise UsageError(f"prompt {text!r}: the model has no token {ids.max()}: its embedding has {rows} rows")
     kept = ~np.isin(ids, list(tokenizer.masked_ids(store.meta.provenance.get("separator") or "")))
     kept[: len(opening)] = False
     if not kept.any():
-        raise UsageError(f"prompt {text!r}: all its tokens are special; give a text with others")
+        raise UsageError(f"prompt {text!r}: all its tokens are special: give another text")
     return Tokens(ids, tokenizer.texts(ids), kept)
 
 
@@ -142,8 +142,8 @@ def run_prompt(prompted: PromptedModel, tokens: Tokens, layers: Sequence[int]) -
 
 
 def latents_of(found: Activations, usual: Usual, n_tokens: int) -> PromptLatents:
-    """The latents of a prompt of so many kept tokens, summed up. The mass expected of a latent is what it has on
-    average at as many tokens of the analysis and the prompt together."""
+    """The latents of a prompt with `n_tokens` kept tokens. A latent's expected mass is its average over analysis and
+    prompt together, for as many tokens."""
     latent, member = np.unique(found.latent, return_inverse=True)
     activation = found.activation.astype(np.float64)
     layers, at = np.unique(found.layer, return_inverse=True)
@@ -175,8 +175,8 @@ def view_prompt(
     interventions: Sequence[Intervention] | None,
     usual: Usual,
 ) -> PromptView:
-    """Look at one prompt. layers: the model's block indices. interventions: one at a time; where it is None, each of
-    the `N_ABLATED` most specific latents is ablated at its strongest layer. usual: of the same autoencoder."""
+    """The view of one prompt. layers: the model's block indices. interventions: made one at a time; None: ablate each
+    of the `N_ABLATED` most specific latents at its strongest layer. usual: of the same autoencoder."""
     run, found = run_prompt(prompted, tokens, layers)
     latents = latents_of(found, usual, int(tokens.kept.sum()))
     strongest = dict(zip(latents.latent.tolist(), latents.peak_layer.tolist(), strict=True))
@@ -195,7 +195,7 @@ def view_prompt(
 
 
 def check_interventions(interventions: Sequence[Intervention], n_latents: int, layers: Sequence[int]) -> None:
-    """`UsageError` where one names a latent or a layer that is not there."""
+    """`UsageError` if one names a latent or a layer that does not exist."""
     for one in interventions:
         if not 0 <= one.latent < n_latents:
             raise UsageError(f"{one.kind}: the autoencoder has latents 0 to {n_latents - 1}, found {one.latent}")
@@ -206,7 +206,7 @@ def check_interventions(interventions: Sequence[Intervention], n_latents: int, l
 
 
 def check_positions(interventions: Sequence[Intervention], text: str, tokens: Tokens) -> None:
-    """`UsageError` where one names a position that the text does not have, or that is left out."""
+    """`UsageError` if one names a position that the text does not have, or that is masked."""
     kept = np.flatnonzero(tokens.kept)
     for one in interventions:
         if other := set(one.positions or ()).difference(kept.tolist()):

@@ -1,4 +1,4 @@
-"""What `analyze --prompt` says on the terminal, from prompt.json alone. Tested in test_view.py."""
+"""The text that `analyze --prompt` prints, from prompt.json alone. Tested in test_view.py."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,11 +18,11 @@ def prompt_words(content: Mapping[str, Any]) -> str:
             "",
             f"Prompt {quoted(prompt['text'])}: {len(prompt['tokens'])} tokens, {prompt['n_active_latents']:,} latents "
             f"active; most likely next tokens: {likely}.",
-            "Most specific latents (specificity: mass, the sum of activations, times the log of how unusual it is)",
+            "Most specific latents (mass: sum of activations; specificity: mass times log of mass over expected mass)",
             *_latents(prompt),
         ]
         if prompt["interventions"]:
-            title = "What a latent does to the next token (KL(true || changed), nats; probabilities before > after)"
+            title = "Effect of latents on the next token (KL(true || changed), nats; probabilities before > after)"
             lines += [title, *_effects(prompt)]
         if prompt["silent"]:
             silent = ", ".join(map(str, prompt["silent"]))
@@ -31,7 +31,7 @@ def prompt_words(content: Mapping[str, Any]) -> str:
 
 
 def token_at(prompt: Mapping[str, Any], position: int) -> str:
-    """The text of a token; of one that only continues a character, that of the one which begins it."""
+    """The text of a token, or, if it only continues a character, of the token that begins it."""
     texts = [one["token"] for one in prompt["tokens"][: position + 1]]
     return next(filter(None, reversed(texts)), "")
 
@@ -56,7 +56,7 @@ def _effects(prompt: Mapping[str, Any]) -> list[str]:
 
 def name_of(intervention: Mapping[str, Any]) -> str:
     """An intervention in a few words."""
-    layers = intervention.get("layers") or [intervention["layer"]]  # of before: one, by itself
+    layers = intervention.get("layers") or [intervention["layer"]]  # earlier files have a single layer
     where = f"latent {intervention['latent']} at layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
     by = "" if intervention["kind"] == "ablate" else f" by {intervention['coefficient']:+g}"
     at = f" at position{'s' * (len(p) > 1)} {', '.join(map(str, p))}" if (p := intervention.get("positions")) else ""

@@ -63,11 +63,11 @@ def test_every_activation_of_a_row_is_there_layer_by_layer_and_the_highest(live:
 def test_what_cannot_be_exported_is_said_before_any_work(live: Live, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "there" / "latents").mkdir(parents=True)
     for words, said in (
-        (["--export-delphi", str(tmp_path / "there")], "holds an export already"),
+        (["--export-delphi", str(tmp_path / "there")], "already holds an export"),
         (["--export-delphi", str(tmp_path / "a"), "--delphi-latents", "96"], "has latents 0 to 95, found 96"),
         (["--export-delphi", str(live.made.store.path / "a")], "inside the activation store"),
         (["--delphi-latents", "1"], "give a folder with --export-delphi"),
-        (["--export-delphi", str(tmp_path / "a"), "--prompt", "b"], "one after the other"),
+        (["--export-delphi", str(tmp_path / "a"), "--prompt", "b"], "in separate commands"),
     ):
         with pytest.raises(AssertionError):
             live.analyze(*words)
@@ -93,10 +93,10 @@ def test_rows_are_whole_pieces_of_sequences_that_were_analysed() -> None:
     assert rows[:, 0].tolist() == [0, 100, 190]
     assert rows_of(tokens, tokens.keep & (np.arange(len(position)) < 165))[:, 0].tolist() == [0, 100]
     assert rows_of(tokens, tokens.keep & (np.arange(len(position)) < 163))[:, 0].tolist() == [0]
-    with pytest.raises(UsageError, match="no 64 tokens of a sequence"):
+    with pytest.raises(UsageError, match="no 64 consecutive tokens of a sequence"):
         rows_of(tokens, tokens.keep & (np.arange(len(position)) < 60))
     short = token_table(31, position=np.arange(31))
-    with pytest.raises(UsageError, match=r"no 32 tokens of a sequence.*--context-length"):
+    with pytest.raises(UsageError, match=r"no 32 consecutive tokens of a sequence.*--context-length"):
         rows_of(short, short.keep)
 
 

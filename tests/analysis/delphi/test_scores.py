@@ -113,9 +113,9 @@ def test_they_are_added_to_the_analysis_and_shown(live: Live, tmp_path: Path, ca
     read = live.analyze("--report", "--delphi-scores", results)["read"]
     assert read == {"rows": 3, "scores": 4}
     said = capsys.readouterr().err
-    assert "Read what delphi says of 3 latents and layers, and 4 scores." in said
+    assert "Read delphi's results for 3 latents and layers, with 4 scores." in said
     assert "Means of detection: balanced accuracy 0.58, AUC 0.42" in said
-    assert "Means of embedding: not defined, or of no known kind" in said
+    assert "Means of embedding: not defined, or in an unknown format" in said
     table = pd.read_parquet(live.folder / "explanations.parquet")
     assert table["latent"].tolist() == [3, 17, 17]
     outputs = (Path(__file__).parents[3] / "docs" / "outputs.md").read_text(encoding="utf-8")
@@ -123,7 +123,7 @@ def test_they_are_added_to_the_analysis_and_shown(live: Live, tmp_path: Path, ca
     card = live.open().latent(17)
     first, second = card.data["explanations"]
     assert (first["where"], second["where"], second["explanation"]) == ("all layers", "layer 1", TEXT)
-    told = "detection: balanced accuracy 0.58, AUC 0.42; embedding: not defined, or of no known kind; simulation: "
+    told = "detection: balanced accuracy 0.58, AUC 0.42; embedding: not defined, or in an unknown format; simulation: "
     assert second["said"].startswith(told)
     shown = card._repr_html_()
     assert "Explained, layer 1: ends of &lt;clauses&gt; <small>detection: balanced accuracy 0.58" in shown

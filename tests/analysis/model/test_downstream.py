@@ -282,7 +282,7 @@ def test_only_chosen_documents_count(make: Make) -> None:
     everyone = dict(zip(all_true.documents.tolist(), all_true.true_ce, strict=True))
     assert len(true) == all_true.n_tokens.sum()
     np.testing.assert_allclose(found.true_ce, [everyone[1], everyone[3]], rtol=1e-6)
-    with pytest.raises(ResidscopeError, match="no tokens to predict"):
+    with pytest.raises(ResidscopeError, match="nothing to predict"):
         measure_downstream(made.store, made.model, identity, lens=None, counted=np.zeros_like(chosen))
 
 

@@ -211,7 +211,7 @@ def test_a_folder_of_no_known_place_is_not_looked_for_on_the_hub(tmp_path: Path)
     """By its name alone it would be: "gpt2" is a short name too."""
     made = make_harvested(tmp_path, "gpt2", lengths=(40,), n_tokens=30)
     with pytest.raises(
-        UsageError, match=r"from the folder 'gpt2', which was not found .*gpt2-False.harvest.toml beside .* --model"
+        UsageError, match=r"from the folder 'gpt2', which was not found, .*gpt2-False.harvest.toml next to .* --model"
     ):
         spec_of_store(made.store, offline=True)
 

@@ -72,7 +72,7 @@ def test_a_prompt_is_opened_as_the_stores_sequences_and_documents_are(make: Make
         assert tokens.kept.tolist() == [False, *[True] * len(TEXT)]
     with pytest.raises(UsageError, match="returns no tokens"):
         read(make("llama"), "")
-    with pytest.raises(UsageError, match="takes at most 64; give a shorter"):
+    with pytest.raises(UsageError, match="takes at most 64: give a shorter"):
         read(make("llama"), "a" * 64)
 
 
