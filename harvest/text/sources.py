@@ -28,7 +28,6 @@ from store.shuffle import permutation
 
 _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-_BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
 
 
 def pydoc_documents() -> Iterator[str]:
@@ -61,15 +60,10 @@ def _docstrings(path: Path) -> str:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return ""
-    found: list[tuple[int, str]] = []
-    left: list[ast.AST] = [tree]
-    while left:  # Statements only: nothing else has a docstring, and walking the whole tree takes twice as long.
-        node = left.pop()
-        if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
-            found.append((getattr(node, "lineno", 0), text))
-        for field in _BLOCKS:
-            left.extend(getattr(node, field, ()))
-    return "\n\n".join(text for _, text in sorted(found, key=lambda place: place[0]))
+    documented = sorted(
+        (node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED)), key=lambda node: getattr(node, "lineno", 0)
+    )
+    return "\n\n".join(filter(None, map(ast.get_docstring, documented)))
 
 
 _PYTHON: dict[str, Callable[[], Iterator[str]]] = {"pydoc": pydoc_documents, "stdlib": stdlib_documents}
