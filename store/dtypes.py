@@ -1,8 +1,8 @@
 """Conversion between float32 and the stored number formats: bfloat16 (as uint16), float16, float32.
 
 How: values are rounded to nearest, ties to even, by integer arithmetic on the bits. A value that is not finite, or that
-would overflow to infinity, is never stored: conversion refuses it, and `first_unstorable` finds it. pack.py rounds
-whole shards to bfloat16 faster, to the same bits.
+would overflow to infinity, is never stored: conversion refuses it. pack.py rounds whole shards to bfloat16 faster, to
+the same bits.
 """
 
 import numpy as np
@@ -37,19 +37,3 @@ def from_float32(values: np.ndarray, stored_dtype: str) -> np.ndarray:
     if stored_dtype == "bfloat16":
         return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(STORAGE_DTYPE["bfloat16"])
     return values.astype(STORAGE_DTYPE[stored_dtype])
-
-
-def first_unstorable(values: np.ndarray, stored_dtype: str) -> tuple[int, ...] | None:
-    """Index of the first value that `stored_dtype` cannot hold as a finite number, or None.
-
-    `values` are float32 (before rounding) or already in the stored format.
-    """
-    if values.dtype == np.float32:
-        bad = (np.ascontiguousarray(values).view(np.uint32) & 0x7FFFFFFF) >= OVERFLOW_BITS[stored_dtype]
-    elif stored_dtype == "bfloat16":
-        bad = (values & 0x7F80) == 0x7F80
-    else:
-        bad = ~np.isfinite(values)
-    if not bad.any():
-        return None
-    return tuple(int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape))

@@ -33,7 +33,7 @@ from residscope.errors import ResidscopeError, UsageError
 from residscope.urls import URL
 from store import arrays
 from store.checksums import CRC_BYTES, DamagedError, checksum, crc32c
-from store.dtypes import STORAGE_DTYPE, first_unstorable, to_float32
+from store.dtypes import OVERFLOW_BITS, STORAGE_DTYPE, to_float32
 from store.files import TEMPORARY, removed_on_error, sync, write_synced
 from store.manifest import Manifest, ManifestWriter, ShardRecord
 from store.meta import ABSENT, StoreMeta
@@ -244,14 +244,13 @@ class ShardFiles:
     def _unstorable(self, shard: int, data: np.ndarray) -> ResidscopeError:
         """The error for a value that the stored format cannot hold."""
         meta = self._meta
-        where = first_unstorable(data, meta.stored_dtype)
-        assert where is not None
-        token, layer, dimension = where
-        value = data[where] if data.dtype == np.float32 else to_float32(data[where][None], meta.stored_dtype)[0]
+        values = data if data.dtype == np.float32 else to_float32(data, meta.stored_dtype)
+        bits = np.ascontiguousarray(values).view(np.uint32) & 0x7FFFFFFF
+        token, layer, dimension = np.argwhere(bits >= OVERFLOW_BITS[meta.stored_dtype])[0].tolist()
         return ResidscopeError(
-            f"layer {meta.layers[layer]}, token {meta.shard_bounds(shard)[0] + token}, dimension "
-            f"{dimension}: the value {value} is not finite in {meta.stored_dtype}. Shard {shard} was not written. "
-            "Try another --store-dtype (bfloat16 has the range of float32) or --dtype"
+            f"layer {meta.layers[layer]}, token {meta.shard_bounds(shard)[0] + token}, dimension {dimension}: the "
+            f"value {values[token, layer, dimension]} is not finite in {meta.stored_dtype}. Shard {shard} was not "
+            "written. Try another --store-dtype (bfloat16 has the range of float32) or --dtype"
         )
 
 

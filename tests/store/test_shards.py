@@ -13,7 +13,7 @@ import pytest
 from residscope.errors import IncompatibleError, ResidscopeError, UsageError
 from store.activations import ActivationStore
 from store.checksums import DamagedError
-from store.dtypes import from_float32, to_float32
+from store.dtypes import STORAGE_DTYPE, from_float32, to_float32
 from store.loader import WindowLoader
 from store.manifest import FILE
 from store.shards import ShardReader, shard_name
@@ -79,8 +79,11 @@ def test_a_value_that_cannot_be_stored_is_named_and_nothing_is_written(
     with ActivationStore.create(tmp_path / "a.zarr", meta, token_table(60)) as store:
         x = random_activations(28, 2, 4)
         x[9, 1, 2] = value
-        with pytest.raises(ResidscopeError, match=r"layer 5, token 41, dimension 2"):
-            store.write_shard(1, x)
+        raw = np.zeros(x.shape, STORAGE_DTYPE[stored_dtype])
+        raw[9, 1, 2] = 0x7F80 if stored_dtype == "bfloat16" else np.inf
+        for data in (x, raw):
+            with pytest.raises(ResidscopeError, match=r"layer 5, token 41, dimension 2"):
+                store.write_shard(1, data)
         assert [p.name for p in (tmp_path / "a.zarr/resid_post").iterdir()] == ["zarr.json"]
         assert store.missing_shards() == [0, 1]
         x[9, 1, 2] = 0
