@@ -158,12 +158,12 @@ class ShardReader:
             Zstd().decode(data, out)
 
     def _fill(self, out: np.ndarray, offset: int) -> bool:
-        """Fill `out`; returns whether there were enough bytes. macOS before 11 has no preadv."""
-        if hasattr(os, "preadv") and not self._object:
+        """Fill `out`; returns whether there were enough bytes."""
+        if not self._object:
             return os.preadv(self._descriptor, [out.data], offset) == out.nbytes
-        data = self._read(out.nbytes, offset)
+        data = self._object.read(out.nbytes, offset)
         if len(data) == out.nbytes:
-            out[:] = np.frombuffer(data, np.uint8)
+            out[:] = data
         return len(data) == out.nbytes
 
     def close(self) -> None:

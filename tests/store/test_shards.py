@@ -110,19 +110,6 @@ def test_wrong_shards_are_refused(tmp_path: Path) -> None:
             store.finalize()
 
 
-def test_systems_without_preadv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = random_activations(60, 2, 4)
-    store = make_store(tmp_path / "a.zarr", x, chunk_tokens=16, shard_tokens=32)
-    monkeypatch.delattr("os.preadv")
-    assert np.array_equal(
-        ActivationStore.open(tmp_path / "a.zarr").read(), to_float32(from_float32(x, "bfloat16"), "bfloat16")
-    )
-    file = tmp_path / "a.zarr/resid_post/c.1.0.0"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ResidscopeError, match="should have"):
-        store.read()
-
-
 def test_a_file_that_is_cut_off_while_it_is_read_raises(tmp_path: Path) -> None:
     store = make_store(tmp_path / "a.zarr", random_activations(60, 2, 4), chunk_tokens=16, shard_tokens=32)
     file = tmp_path / "a.zarr/resid_post/c.0.0.0"
