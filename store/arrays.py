@@ -117,8 +117,7 @@ def check_counts(folder: Path, meta: StoreMeta, checksums: Mapping[str, str]) ->
 
 
 def read_tokens(folder: Path, meta: StoreMeta, checksums: Mapping[str, str]) -> TokenTable:
-    """The token arrays, checked against the manifest's header; read-only."""
-    check_counts(folder, meta, checksums)
+    """The token arrays, checked against the manifest's header (and before, by `check_counts`); read-only."""
     chunk, columns = min(meta.n_tokens, _TOKEN_CHUNK), {}
     for name, dtype in _TOKEN_DTYPES.items():
         files = [read_checked(folder, f"{name}/c.{i}", checksums) for i in range(-(-meta.n_tokens // chunk))]
