@@ -34,6 +34,14 @@ class Interrupted(ResidscopeError):
     exit_code = 130
 
 
+def stage_failed(name: str, code: int, way_out: str) -> ResidscopeError:
+    """The error of a command whose stage `name`, a process of its own, ended with `code`; has the same exit code."""
+    code = 128 - code if code < 0 else code  # for a signal, as a shell does
+    error = ResidscopeError(f"{name} ended with exit code {code}; {way_out}")
+    error.exit_code = code
+    return error
+
+
 _NO_MEMORY = ("allocate memory", "out of memory", "start new thread", "failed to map segment")
 """Messages of torch, safetensors, threads and the library loader, each of which has its own exception class."""
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from residscope.console import human_seconds, run_command
 from residscope.destinations import require_folder
-from residscope.errors import ResidscopeError
+from residscope.errors import stage_failed
 from residscope.options import parse_options, require_at_least
 
 # The demo's size: chosen so that two cores finish all stages in under six minutes.
@@ -69,7 +69,7 @@ def demo(config: DemoConfig) -> None:
         started = time.monotonic()
         code = subprocess.run([sys.executable, "-m", "residscope", name, *flags], check=False).returncode
         if code:
-            raise _failed(name, code)
+            raise stage_failed(name, code, "once that is fixed, run the same command again")
         seconds[name] = time.monotonic() - started
         print(f"{name} took {human_seconds(seconds[name])}", flush=True)
     summary = json.loads((config.out / "summary.json").read_text(encoding="utf-8"))
@@ -102,13 +102,6 @@ def closing_words(summary: dict[str, Any]) -> list[str]:
     dead = summary["latents"]["dead"]
     share = f"{100 * dead / n_latents:.0f} %"
     return [*lines, f"Dead latents: {dead:,} of {n_latents:,} ({share}) never fired on these tokens."]
-
-
-def _failed(stage: str, code: int) -> ResidscopeError:
-    code = 128 - code if code < 0 else code  # for a signal, as a shell does
-    error = ResidscopeError(f"{stage} ended with exit code {code}; once that is fixed, run the same command again")
-    error.exit_code = code
-    return error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from residscope.console import human_seconds, parse_bytes, run_command
 from residscope.destinations import held_alone
-from residscope.errors import IncompatibleError, ResidscopeError, UsageError
+from residscope.errors import IncompatibleError, UsageError, stage_failed
 from residscope.options import CommandParser, parse_options, with_values
 
 _POLL_SECONDS = 0.2
@@ -154,9 +154,7 @@ def _require(codes: Mapping[str, int | None], options: argparse.Namespace) -> No
             way_out = "once that is fixed, the same command continues both"
             if code in (UsageError.exit_code, IncompatibleError.exit_code):
                 way_out = f"change what is named above, or, to start over, remove {_places(options)}"
-            error = ResidscopeError(f"{name} ended with exit code {code}; {way_out}")
-            error.exit_code = 128 - code if code < 0 else code  # for a signal, as a shell does
-            raise error
+            raise stage_failed(name, code, way_out)
 
 
 def _end(running: Mapping[str, subprocess.Popen[bytes]]) -> None:
