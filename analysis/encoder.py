@@ -53,8 +53,8 @@ class Encoder:
 
     def decode(self, codes: SparseCodes, standardized: Standardized) -> Tensor:
         """Reconstructions [N, D] in raw space."""
-        there = SparseCodes(*_to(self._device, *codes)), *_to(self._device, standardized.mean, standardized.std)
-        return self._sae.decode(*there).cpu()
+        mean, std = _to(self._device, standardized.mean, standardized.std)
+        return self._sae.decode(SparseCodes(*_to(self._device, *codes)), mean, std).cpu()
 
     @cached_property
     def origin(self) -> dict[str, Any]:

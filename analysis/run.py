@@ -61,8 +61,7 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
     found_model = find_model(config.transformer, inputs.store)
     with together(config.out_dir, FILES, [SUMMARY], replace=may_be_replaced(config)) as folder:
         spec = replace(task_spec(config, inputs, selection, folder), few=few.tokens if few else ())
-        needed = selection.needed if spec.pca else selection.analysed | selection.validation
-        shards = shards_with(inputs.store, needed)
+        shards = shards_with(inputs.store, selection.needed(spec.pca))
         with (
             opened_here(spec, inputs, selection),
             lasting(spec.codes_folder),
@@ -81,9 +80,7 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
                 views = view_latents(spec, inputs, selection, table, config.transformer.model, folder)
         live, pca = np.flatnonzero(table.n_fired), baseline and baseline.sae
         model = run_model(config, found_model, inputs, selection, live, folder, pca)
-        intervals = NO_INTERVALS
-        if config.statistics.intervals:
-            intervals = all_intervals(sums.moments, sums.analysed)
+        intervals = all_intervals(sums.moments, sums.analysed) if config.statistics.intervals else NO_INTERVALS
         findings = Findings(
             config=config,
             inputs=inputs,
@@ -136,8 +133,8 @@ def _make_codes(spec: TaskSpec, store: ActivationStore) -> None:
     try:
         open_data(spec)
     except OSError as error:
-        found = f"{store.path} cannot be written ({error.strerror})"
-        raise ResidscopeError(f"--save-latents: {found}: leave the flag out, or copy the store") from None
+        problem = f"cannot write to {store.path} ({error.strerror})"
+        raise ResidscopeError(f"--save-latents: {problem}: leave the flag out, or copy the store") from None
 
 
 def _pca_baseline(spec: TaskSpec, inputs: Inputs, selection: Selection, sums: Sums, pool: jobs.Pool) -> Baseline:

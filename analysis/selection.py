@@ -51,10 +51,9 @@ class Selection:
     def n_analysed(self) -> int:
         return int(self.analysed.sum())
 
-    @property
-    def needed(self) -> NDArray[np.bool_]:
-        """[T] tokens that must be read."""
-        return self.analysed | self.validation | self.fit
+    def needed(self, pca: bool) -> NDArray[np.bool_]:
+        """[T] tokens that must be read; pca: also those that the PCA baseline is fitted on."""
+        return self.analysed | self.validation | self.fit if pca else self.analysed | self.validation
 
 
 def select(tokens: TokenTable, held_out: NDArray[np.bool_], options: TokenOptions, n_latents: int) -> Selection:

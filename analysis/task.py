@@ -43,11 +43,11 @@ class Sums:
     @staticmethod
     def merged(parts: "Sequence[Sums]") -> "Sums":
         """The sum of `parts`, added in their order."""
-        of_pca = [part.pca for part in parts if part.pca is not None]
+        pcas = [part.pca for part in parts if part.pca is not None]
         return Sums(
             moments=LayerMoments.merged([part.moments for part in parts]),
             quality=LayerQuality.merged([part.quality for part in parts]),
-            pca=PCASums.merged(of_pca) if of_pca else None,
+            pca=PCASums.merged(pcas) if pcas else None,
             nulls={name: LayerMoments.merged([part.nulls[name] for part in parts]) for name in parts[0].nulls},
         )
 
@@ -60,7 +60,7 @@ def measure(spec: TaskSpec, shards: Sequence[int]) -> Sums:
     shift = data.shift.astype(encoder.numpy_dtype)
     sums = _no_sums(spec, data, shards)
     coder = data.coder(spec)
-    needed = selection.needed if spec.pca else selection.analysed | selection.validation
+    needed = selection.needed(spec.pca)
     for shard in shards:
         for token, x in vector_tiles(store, spec.layers, [shard], needed):
             vectors = encoder.standardize(torch.from_numpy(x).view(-1, d_model))
@@ -68,14 +68,14 @@ def measure(spec: TaskSpec, shards: Sequence[int]) -> Sums:
                 chosen = torch.from_numpy(np.repeat(selection.fit[token], n_layers))
                 sums.pca.add(vectors.x if chosen.all() else vectors.x[chosen], vectors.x.dtype)
             analysed = selection.analysed[token]
-            others = [analysed & ~np.isin(token, spec.few)] if spec.few else []
-            member = np.stack([analysed, selection.validation[token], *others])  # [2 or 3, T]
+            without_few = [analysed & ~np.isin(token, spec.few)] if spec.few else []
+            member = np.stack([analysed, selection.validation[token], *without_few])  # [2 or 3, T]
             rows = member.any(axis=0)
             if not rows.any():
                 continue
             if not rows.all():
                 chosen = torch.from_numpy(np.repeat(rows, n_layers))
-                vectors = type(vectors)(*(part[chosen] for part in vectors))
+                vectors = vectors._make(part[chosen] for part in vectors)
                 x, member, token = x[rows], member[:, rows], token[rows]
             codes = coder.codes(token, vectors)
             parts = (*codes, encoder.decode(codes, vectors))
@@ -91,8 +91,8 @@ def measure(spec: TaskSpec, shards: Sequence[int]) -> Sums:
 def _no_sums(spec: TaskSpec, data: TaskData, shards: Sequence[int]) -> Sums:
     """Sums of no token yet, with room for the document groups of these shards."""
     n_layers, d_model = data.shift.shape
-    bounds = [slice(*data.store.meta.shard_bounds(shard)) for shard in shards]
-    groups = np.unique(np.concatenate([data.selection.group[tokens] for tokens in bounds]))
+    token_ranges = [slice(*data.store.meta.shard_bounds(shard)) for shard in shards]
+    groups = np.unique(np.concatenate([data.selection.group[tokens] for tokens in token_ranges]))
     present = groups[groups >= 0].tolist()
     layers, n_latents = [data.store.meta.layers[i] for i in spec.layers], data.encoder.config.n_latents
     return Sums(
@@ -106,9 +106,9 @@ def _no_sums(spec: TaskSpec, data: TaskData, shards: Sequence[int]) -> Sums:
 def _add_codes(spec: TaskSpec, data: TaskData, sums: Sums, tile: CodeTile, per_token: NDArray[np.float64]) -> None:
     """Add the codes of analysed tokens; per_token [3, T, L] is theirs of `LayerQuality.add`."""
     token, values, indices = tile
-    sound = (values >= 0) & (values < np.inf)
-    if not sound.all():
-        where = tuple(np.argwhere(~sound)[0])
+    valid = (values >= 0) & (values < np.inf)
+    if not valid.all():
+        where = tuple(np.argwhere(~valid)[0])
         raise IncompatibleError(
             f"{spec.sae} on {spec.store}: the activation is {values[where]} at layer {sums.moments.layers[where[1]]}, "
             f"token {token[where[0]]} of the store: it should be finite and at least 0; check the store with "
@@ -140,8 +140,8 @@ def pca_error(spec: TaskSpec, components: Components, shards: Sequence[int]) -> 
     mean, directions = (part.to(data.encoder.dtype) for part in components)  # [D], [k, D]
     errors = np.zeros(n_layers)
     for _, x in vector_tiles(data.store, spec.layers, shards, data.selection.validation):
-        standardized, own_mean, scale = data.encoder.standardize(torch.from_numpy(x).view(-1, d_model))
+        raw = torch.from_numpy(x).view(-1, d_model)
+        standardized, own_mean, scale = data.encoder.standardize(raw)
         x_hat = ((standardized - mean) @ directions.T @ directions + mean) * scale + own_mean
-        error = (torch.from_numpy(x).view(-1, d_model) - x_hat).double().square().sum(dim=-1)
-        errors += error.view(-1, n_layers).sum(dim=0).numpy()
+        errors += (raw - x_hat).double().square().sum(dim=-1).view(-1, n_layers).sum(dim=0).numpy()
     return errors
