@@ -35,10 +35,10 @@ from train.model import sae_hash
 
 
 def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, Any]:
-    """Run an analysis, write its files to `config.out_dir`, print its words, and return summary.json's content.
+    """Run an analysis, write its files to `config.out_dir`, print a summary, and return what summary.json holds.
 
-    inputs: of `open_inputs`, if they are open already. Raises `ResidscopeError` or a subclass for what a user can act
-    on: store or checkpoint missing, broken or not fitting, nothing to analyse, no answer of a scheduler, a full disk.
+    inputs: what `open_inputs` returned, if already open. Raises `ResidscopeError` or a subclass for what a user can
+    fix: a missing, damaged or mismatched store or checkpoint, nothing to analyse, no scheduler, a full disk.
     """
     started, workers = time.monotonic(), config.workers
     for path, flag in ((config.out_dir, "--out"), (workers.performance_report, "--performance-report")):
@@ -46,7 +46,7 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
             refuse_inside_store(path, flag)
     report = workers.performance_report
     if report and (report.name in FILES or (report.exists() and report.suffix != ".html")):
-        raise UsageError(f"--performance-report {report} is, or has the name of, another file: choose another")
+        raise UsageError(f"--performance-report {report} exists, or is the name of a results file: choose another")
     inputs = inputs or open_inputs(config.store, config.sae)
     selection = inputs.select(config.tokens)
     store, model_path = inputs.store, config.transformer.model
@@ -100,7 +100,7 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
         try:
             if config.output.report:
                 write_report(folder)
-        except Exception as error:  # The numbers stay, whatever becomes of their report.
+        except Exception as error:  # The numbers are kept even if their report fails.
             (folder / REPORT).unlink(missing_ok=True)
             failed = error
     if failed:
@@ -110,7 +110,7 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
 
 
 def task_spec(config: AnalyzeConfig, inputs: Inputs, selection: Selection, folder: Path | None) -> TaskSpec:
-    """What the tasks are told. folder: where codes may be kept while the analysis lasts; None: nowhere."""
+    """What the tasks need to know. folder: where codes may be kept during the analysis; None: nowhere."""
     split = inputs.validation if selection.held_out.any() else None
     places = kept_places(inputs.sae.config)
     return TaskSpec(
@@ -129,7 +129,7 @@ def task_spec(config: AnalyzeConfig, inputs: Inputs, selection: Selection, folde
 
 
 def _make_codes(spec: TaskSpec, store: ActivationStore) -> None:
-    """Make the arrays for codes before any task runs, so that a store that cannot be written is reported at once."""
+    """Make the arrays for codes before any task runs, so that a read-only store is reported at once."""
     try:
         open_data(spec)
     except OSError as error:

@@ -1,7 +1,7 @@
 """What one task does: read some shards of a store, encode their tokens, and return a small sum.
 
 A task is a pure function of paths and integers (`analysis.inputs.TaskSpec`), so any process that sees the paths can run
-it, again if need be. Memory is bounded by a tile of tokens and by sums that do not grow with the number of tokens.
+it, and run it again. Memory is bounded by a tile of tokens and by sums that do not grow with the number of tokens.
 
 Shapes: T tokens of a tile, L analysed layers, D d_model. Tested in tests/analysis/test_run.py.
 """
@@ -22,18 +22,18 @@ from residscope.errors import IncompatibleError
 from train.compare.pca import Components, PCASums
 
 ANALYSED, VALIDATION, WITHOUT_FEW = 0, 1, 2
-"""Subsets of `Sums.quality`; the last, the analysed tokens but for `TaskSpec.few`, only where there are such."""
+"""Subsets in `Sums.quality`. The last one, the analysed tokens without `TaskSpec.few`, exists only if there are any."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sums:
-    """What tasks return and a tree merges."""
+    """What each task returns; a tree of tasks merges them."""
 
     moments: LayerMoments
     quality: LayerQuality
     pca: PCASums | None
     nulls: Mapping[str, LayerMoments]
-    """By name of the null model (`analysis.baselines.nulls.NULLS`), in one document group; empty without them."""
+    """Null model (`analysis.baselines.nulls.NULLS`) -> its moments, in one document group; empty without nulls."""
 
     @property
     def analysed(self) -> QualityResult:
@@ -89,7 +89,7 @@ def measure(spec: TaskSpec, shards: Sequence[int]) -> Sums:
 
 
 def _no_sums(spec: TaskSpec, data: TaskData, shards: Sequence[int]) -> Sums:
-    """Sums of no token yet, with room for the document groups of these shards."""
+    """Empty sums, with room for the document groups of these shards."""
     n_layers, d_model = data.shift.shape
     token_ranges = [slice(*data.store.meta.shard_bounds(shard)) for shard in shards]
     groups = np.unique(np.concatenate([data.selection.group[tokens] for tokens in token_ranges]))
@@ -104,7 +104,7 @@ def _no_sums(spec: TaskSpec, data: TaskData, shards: Sequence[int]) -> Sums:
 
 
 def _add_codes(spec: TaskSpec, data: TaskData, sums: Sums, tile: CodeTile, per_token: NDArray[np.float64]) -> None:
-    """Add the codes of analysed tokens; per_token [3, T, L] is theirs of `LayerQuality.add`."""
+    """Add the codes of analysed tokens; per_token [3, T, L]: what `LayerQuality.add` returned for them."""
     token, values, indices = tile
     valid = (values >= 0) & (values < np.inf)
     if not valid.all():
@@ -123,8 +123,8 @@ def _add_codes(spec: TaskSpec, data: TaskData, sums: Sums, tile: CodeTile, per_t
 
 
 def codes_again(spec: TaskSpec, needed: NDArray[np.bool_]) -> Iterator[CodeTile]:
-    """Codes of analysed tokens `needed` [tokens of the store] after `measure`, a tile at a time, in order: as it left
-    them in a folder, as the store keeps them, or encoded once more."""
+    """After `measure`, the codes of those analysed tokens that `needed` [tokens of the store] marks, a tile at a time,
+    in order: read from its temporary folder or from the store, or else encoded again."""
     if spec.codes_folder:
         yield from read_codes(spec.codes_folder, needed)
         return
@@ -133,8 +133,10 @@ def codes_again(spec: TaskSpec, needed: NDArray[np.bool_]) -> Iterator[CodeTile]
 
 
 def pca_error(spec: TaskSpec, components: Components, shards: Sequence[int]) -> NDArray[np.float64]:
-    """[L] summed squared error, in raw space, of the PCA baseline's reconstructions of the validation tokens in these
-    shards: the mean and k components of standardised vectors, mapped back by each vector's own mean and scale."""
+    """[L] summed squared error of the PCA baseline, in raw space, on the validation tokens of these shards.
+
+    Vectors are standardised, projected on k components about their mean, and mapped back by their own mean and scale.
+    """
     data = open_data(spec)
     n_layers, d_model = data.shift.shape
     mean, directions = (part.to(data.encoder.dtype) for part in components)  # [D], [k, D]
