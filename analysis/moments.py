@@ -195,5 +195,5 @@ def variances(sums: NDArray[np.float64], weighting: Weighting) -> Variances:
 
 def variance_numbers(pooled: NDArray[np.float64]) -> dict[str, dict[str, float | None]]:
     """weighting -> name (`VARIANCE_NAMES`) -> number, None where it is not defined."""
-    found = {weighting: variances(pooled, weighting) for weighting in WEIGHTINGS}
-    return {w: {name: defined(getattr(value, name)) for name in VARIANCE_NAMES} for w, value in found.items()}
+    parts = {weighting: variances(pooled, weighting) for weighting in WEIGHTINGS}
+    return {w: {name: defined(getattr(part, name)) for name in VARIANCE_NAMES} for w, part in parts.items()}

@@ -93,8 +93,8 @@ def distributions(moments: LayerMoments) -> dict[str, dict[str, list[float]]]:
 def persistence_summary(moments: LayerMoments) -> dict[str, dict[str, Any]]:
     """weighting -> name (`PERSISTENCE_NAMES`) -> number of all document groups, None where it is not defined."""
     sums = moments.histograms.sum(axis=0), moments.run_sums.sum(axis=0), moments.layers
-    means = {weighting: persistence_numbers(*sums, weighting) for weighting in PAIR_WEIGHTINGS}
-    return {w: {name: defined(value) for name, value in found._asdict().items()} for w, found in means.items()}
+    means = {weighting: persistence_numbers(*sums, weighting)._asdict() for weighting in PAIR_WEIGHTINGS}
+    return {w: {name: defined(value) for name, value in numbers.items()} for w, numbers in means.items()}
 
 
 class LatentPersistence(NamedTuple):

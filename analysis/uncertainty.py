@@ -52,10 +52,10 @@ def leave_one_out(n_groups: int) -> NDArray[np.float64]:
 
 def without_each(sums: NDArray[Any]) -> NDArray[np.float64]:
     """[..., G] the product of `sums` [..., G] with `leave_one_out`, by additions alone and without its G x G memory."""
-    found = np.zeros(sums.shape)
-    found[..., 1:] = np.cumsum(sums[..., :-1], axis=-1, dtype=np.float64)
-    found[..., :-1] += np.cumsum(sums[..., :0:-1], axis=-1, dtype=np.float64)[..., ::-1]
-    return found
+    result = np.zeros(sums.shape)
+    result[..., 1:] = np.cumsum(sums[..., :-1], axis=-1, dtype=np.float64)
+    result[..., :-1] += np.cumsum(sums[..., :0:-1], axis=-1, dtype=np.float64)[..., ::-1]
+    return result
 
 
 def jackknife_intervals(
@@ -122,8 +122,8 @@ def variance_intervals(moments: LayerMoments) -> Intervals:
     replicates: dict[Weighting, list[NDArray[np.float64]]] = {weighting: [] for weighting in WEIGHTINGS}
     step = max(1, _AT_ONCE_BYTES // (flat[0].nbytes or 1))
     for start in range(0, len(draws), step):
-        drawn = (rows := draws[start : start + step]) @ flat
-        drawn = drawn.reshape(len(rows), *pooled.shape)
+        rows = draws[start : start + step]
+        drawn = (rows @ flat).reshape(len(rows), *pooled.shape)
         for weighting, parts in replicates.items():
             parts.append(_stacked(drawn, weighting))
     return {
@@ -133,8 +133,8 @@ def variance_intervals(moments: LayerMoments) -> Intervals:
 
 
 def _stacked(sums: NDArray[np.float64], weighting: Weighting) -> NDArray[np.float64]:
-    found = variances(sums, weighting)
-    return np.stack([getattr(found, name) for name in VARIANCE_NAMES])
+    decomposition = variances(sums, weighting)
+    return np.stack([getattr(decomposition, name) for name in VARIANCE_NAMES])
 
 
 def _named(names: Sequence[str], values: NDArray, replicates: NDArray) -> dict[str, Interval | None]:
@@ -144,13 +144,13 @@ def _named(names: Sequence[str], values: NDArray, replicates: NDArray) -> dict[s
 def persistence_intervals(moments: LayerMoments) -> Intervals:
     """As `variance_intervals`, of the numbers of `analysis.persistence`."""
     draws = leave_one_out(len(moments.groups))
-    sums = moments.histograms, moments.run_sums
-    pooled, drawn = ([np.tensordot(each, x, 1) for x in sums] for each in (np.ones((1, len(draws))), draws))
+    pooled = moments.histograms.sum(axis=0), moments.run_sums.sum(axis=0), moments.layers
+    drawn = np.tensordot(draws, moments.histograms, 1), np.tensordot(draws, moments.run_sums, 1), moments.layers
     intervals: Intervals = {}
     for weighting in PAIR_WEIGHTINGS:
-        value = np.stack(persistence_numbers(pooled[0], pooled[1], moments.layers, weighting))  # [N, 1]
-        replicates = np.stack(persistence_numbers(drawn[0], drawn[1], moments.layers, weighting))  # [N, G]
-        intervals[weighting] = _named(PERSISTENCE_NAMES, value[:, 0], replicates)
+        values = np.stack(persistence_numbers(*pooled, weighting))  # [N]
+        replicates = np.stack(persistence_numbers(*drawn, weighting))  # [N, G]
+        intervals[weighting] = _named(PERSISTENCE_NAMES, values, replicates)
     return intervals
 
 
@@ -168,16 +168,16 @@ class SumIntervals(NamedTuple):
 NO_INTERVALS = SumIntervals({}, {}, {}, [])
 
 
-def all_intervals(moments: LayerMoments, found: QualityResult) -> SumIntervals:
+def all_intervals(moments: LayerMoments, quality: QualityResult) -> SumIntervals:
     """Of the variances, persistence and reconstruction of the analysed tokens; none with too few document groups."""
     if len(moments.groups) < MIN_INTERVAL_GROUPS:
         return NO_INTERVALS
-    means, by_layer = reconstruction_intervals(moments, found)
+    means, by_layer = reconstruction_intervals(moments, quality)
     return SumIntervals(variance_intervals(moments), persistence_intervals(moments), means, by_layer)
 
 
 def reconstruction_intervals(
-    moments: LayerMoments, found: QualityResult
+    moments: LayerMoments, quality: QualityResult
 ) -> tuple[dict[str, Interval | None], list[Interval | None]]:
     """`reconstruction` and `fvu_by_layer` of `SumIntervals`.
 
@@ -185,13 +185,14 @@ def reconstruction_intervals(
     that gives the found FVU where every group is taken: so the layers' means need not be kept by group.
     """
     draws = leave_one_out(len(moments.groups))
-    whole, drawn = moments.errors.sum(axis=0)[None], np.tensordot(draws, moments.errors, 1)  # [1, 3, L], [G, 3, L]
+    whole = moments.errors.sum(axis=0)  # [3, L]
+    drawn = np.tensordot(draws, moments.errors, 1)  # [G, 3, L]
     tokens = draws @ moments.n_tokens.astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
-        scale = found.fvu * whole[0, 1] / whole[0, 0]
-        fvu = np.where(found.fvu == 0, 0.0, drawn[:, 0] / drawn[:, 1] * scale)  # [G, L]
-    mse = drawn[:, 0].mean(axis=1) / tokens / found.d_model
+        scale = quality.fvu * whole[1] / whole[0]
+        fvu = np.where(quality.fvu == 0, 0.0, drawn[:, 0] / drawn[:, 1] * scale)  # [G, L]
+    mse = drawn[:, 0].mean(axis=1) / tokens / quality.d_model
     l0 = drawn[:, 2].mean(axis=1) / tokens
-    values = np.array([found.fvu.mean(), found.mse.mean(), found.l0.mean(), *found.fvu])
+    values = np.array([quality.fvu.mean(), quality.mse.mean(), quality.l0.mean(), *quality.fvu])
     intervals = jackknife_intervals(values, np.stack([fvu.mean(axis=1), mse, l0, *fvu.T]))
     return dict(zip(("fvu", "mse", "l0"), intervals, strict=False)), intervals[3:]

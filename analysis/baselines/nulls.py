@@ -69,20 +69,20 @@ def mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def null_numbers(observed: Mapping[str, Any], persistence: Mapping[str, Any], null: LayerMoments) -> dict[str, Any]:
+def null_numbers(variance: Mapping[str, Any], persistence: Mapping[str, Any], null: LayerMoments) -> dict[str, Any]:
     """Numbers of one null, and observed / null: what `nulls` in summary.json holds under its name.
 
-    observed, persistence: the summary's own `variance` and `persistence`. The ratio's interval is the observed one
+    variance, persistence: the summary's own `variance` and `persistence`. The ratio's interval is the observed one
     divided by the null's value, which is taken as it is: it is made of as many tokens.
     """
-    variance, found = variance_numbers(null.pooled()), persistence_summary(null)
+    null_variance, null_persistence = variance_numbers(null.pooled()), persistence_summary(null)
     return {
-        "variance": variance,
-        "persistence": found,
+        "variance": null_variance,
+        "persistence": null_persistence,
         "distributions": distributions(null),
         "ratio": {
-            "variance": {w: _ratios(observed[w], numbers) for w, numbers in variance.items()},
-            "persistence": {w: _ratios(persistence[w], numbers) for w, numbers in found.items()},
+            "variance": {w: _ratios(variance[w], numbers) for w, numbers in null_variance.items()},
+            "persistence": {w: _ratios(persistence[w], numbers) for w, numbers in null_persistence.items()},
         },
     }
 
