@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
 
     def compare_command() -> None:
-        argv = ["--help"] if {"-h", "--help"} & set(words) else words  # --compare --help lacks its folders
-        config = parse_options(CompareConfig, argv, prog="analyze", description=COMPARE_DESCRIPTION)
+        arguments = ["--help"] if {"-h", "--help"} & set(words) else words  # so that --compare may lack its folders
+        config = parse_options(CompareConfig, arguments, prog="analyze", description=COMPARE_DESCRIPTION)
         from analysis.compare.measure import compare
 
         compare(config)

@@ -68,7 +68,8 @@ def open_inputs(store_path: Path, sae_path: Path) -> Inputs:
     """Open both; raises `ResidscopeError` or a subclass where one is missing or broken, or where they do not fit."""
     store = ActivationStore.open(store_path)
     checkpoint = read_checkpoint(sae_path)
-    layers, notes = layers_of_store(checkpoint, store, sae_path), [*_doubts(checkpoint, store), *checkpoint.notes]
+    layers = layers_of_store(checkpoint, store, sae_path)
+    notes = [*_doubts(checkpoint, store), *checkpoint.notes]
     return Inputs(store=store, checkpoint=checkpoint, layers=layers, notes=notes)
 
 
@@ -190,7 +191,8 @@ def _open_data(spec: TaskSpec) -> TaskData:
 
 
 def _open_again(spec: TaskSpec) -> tuple[ActivationStore, MLSAE, Selection]:
-    store, (sae, _) = ActivationStore.open(spec.store, content_hash=spec.content_hash), read_sae(as_path(spec.sae))
+    store = ActivationStore.open(spec.store, content_hash=spec.content_hash)
+    sae, _ = read_sae(as_path(spec.sae))
     if (found := sae_hash(sae)) != spec.sae_hash:
         raise IncompatibleError(
             f"{spec.sae} is not the autoencoder that was opened first: its hash should be {spec.sae_hash}, found "

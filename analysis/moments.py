@@ -111,10 +111,10 @@ class LayerMoments:
 
         n_tokens, n_layers, k = values.shape
         row = np.zeros(n_tokens, np.int64) if group is None else np.searchsorted(self.groups, group)
-        own = np.arange(n_tokens * n_layers).reshape(n_tokens, n_layers) if rows is None else rows
+        rows = np.arange(n_tokens * n_layers).reshape(n_tokens, n_layers) if rows is None else rows
         codes = [np.ascontiguousarray(part).reshape(-1, k) for part in (values, indices)]
         sums = self.sums, self.counts, self.totals, self.histograms, self.run_sums, self.latent_sums
-        loops.add_codes(*codes, own, self.layers - self.centre, row, *sums)
+        loops.add_codes(*codes, rows, self.layers - self.centre, row, *sums)
         np.add.at(self.n_tokens, row, 1)
         if errors is not None:
             np.add.at(self.errors, row, np.moveaxis(errors, 0, 1))

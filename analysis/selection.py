@@ -95,12 +95,10 @@ def held_out_documents(tokens: TokenTable, validation: Mapping | None, *, same_s
     Raises `IncompatibleError` if this is the store that the checkpoint was trained on, but not with as many documents.
     """
     n_documents = int(tokens.document.max()) + 1
-    if not validation:
+    expected = (validation or {}).get("n_documents", n_documents)
+    if not validation or (expected != n_documents and not same_store):
         return np.zeros(n_documents, bool)
-    expected = validation.get("n_documents", n_documents)
     if expected != n_documents:
-        if not same_store:
-            return np.zeros(n_documents, bool)
         raise IncompatibleError(
             f"the checkpoint says that its store has {expected} documents, found {n_documents}, so which of them it was"
             " not trained on is not known: its records are damaged; use another checkpoint"
@@ -112,11 +110,11 @@ def _first(mask: NDArray[np.bool_], limit: int | None) -> NDArray[np.bool_]:
     """`mask` with only its first `limit` True entries."""
     left = len(mask) if limit is None else limit
     for start in range(0, len(mask), _PIECE):
-        found = np.flatnonzero(mask[start : start + _PIECE])
-        if len(found) > left:
-            end = start + int(found[left])
+        positions = np.flatnonzero(mask[start : start + _PIECE])
+        if len(positions) > left:
+            end = start + int(positions[left])
             return np.concatenate([mask[:end], np.zeros(len(mask) - end, bool)])
-        left -= len(found)
+        left -= len(positions)
     return mask
 
 
@@ -134,10 +132,10 @@ def _document_groups(
     present = np.flatnonzero(size)
     middle = np.cumsum(size[present]) - size[present] / 2
     limit = int(np.clip(GROUP_BYTES // (8 * 8 * n_latents), MIN_GROUPS, MAX_GROUPS))
-    wanted = (middle * min(limit, len(present)) / size.sum()).astype(np.int64)
-    _, of_present = np.unique(wanted, return_inverse=True)
-    of_document = np.full(n_documents, -1, np.int8)
-    of_document[present] = of_present
-    group = of_document[document]
+    part = (middle * min(limit, len(present)) / size.sum()).astype(np.int64)
+    groups, group_of_present = np.unique(part, return_inverse=True)
+    group_of_document = np.full(n_documents, -1, np.int8)
+    group_of_document[present] = group_of_present
+    group = group_of_document[document]
     np.putmask(group, ~analysed, -1)
-    return group, len(present), int(of_present[-1]) + 1
+    return group, len(present), len(groups)

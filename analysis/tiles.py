@@ -53,8 +53,9 @@ class CodeTile(NamedTuple):
 
 def shards_with(store: ActivationStore, needed: NDArray[np.bool_]) -> dict[int, int]:
     """Shards that hold a token `needed` [tokens of the store], ascending, and how many such."""
-    bounds = (store.meta.shard_bounds(shard) for shard in range(store.meta.n_shards))
-    return {shard: n for shard, (start, stop) in enumerate(bounds) if (n := int(needed[start:stop].sum()))}
+    bounds = [store.meta.shard_bounds(shard) for shard in range(store.meta.n_shards)]
+    counts = [int(needed[start:stop].sum()) for start, stop in bounds]
+    return {shard: count for shard, count in enumerate(counts) if count}
 
 
 def vector_tiles(
@@ -72,17 +73,18 @@ def vector_tiles(
                 raise Interrupted("the analysis was stopped")
             stop = min(start + size, last)
             token = start + np.flatnonzero(needed[start:stop])
-            if len(token):
-                x = store.read(slice(start, stop), layers)
-                x = x if len(token) == stop - start else x[token - start]
-                if not (np.isfinite(x.min()) and np.isfinite(x.max())):  # a NaN is both
-                    t, i, d = (int(n) for n in np.argwhere(~np.isfinite(x))[0])
-                    raise IncompatibleError(
-                        f"{store.path}, layer {store.meta.layers[layers[i]]}, token {token[t]} of the store, dimension "
-                        f"{d}: the value {x[t, i, d]} is not finite: check the store with `residscope verify`, or "
-                        "harvest again"
-                    )
-                yield token, x
+            if not len(token):
+                continue
+            x = store.read(slice(start, stop), layers)
+            x = x if len(token) == stop - start else x[token - start]
+            if not (np.isfinite(x.min()) and np.isfinite(x.max())):  # any NaN makes both NaN
+                t, i, d = (int(n) for n in np.argwhere(~np.isfinite(x))[0])
+                raise IncompatibleError(
+                    f"{store.path}, layer {store.meta.layers[layers[i]]}, token {token[t]} of the store, "
+                    f"dimension {d}: the value {x[t, i, d]} is not finite: check the store with `residscope verify`, "
+                    "or harvest again"
+                )
+            yield token, x
 
 
 class Coder:
@@ -99,7 +101,7 @@ class Coder:
         if self._kept is not None:
             shard = int(token[0]) // self._store.meta.shard_tokens
             if shard != self._shard:
-                self._shard, self._codes = shard, self._of_shard(self._kept, shard)
+                self._shard, self._codes = shard, self._shard_codes(self._kept, shard)
             if self._codes is not None:
                 rows = token - shard * self._store.meta.shard_tokens
                 values, indices = (torch.from_numpy(part[rows]).flatten(0, 1) for part in self._codes)
@@ -113,21 +115,21 @@ class Coder:
             shape = (len(token), len(self._layers), -1)
             yield CodeTile(token, values.view(shape).numpy(), indices.view(shape).numpy())
 
-    def _of_shard(self, kept: KeptCodes, shard: int) -> tuple[NDArray[Any], NDArray[Any]] | None:
-        found = kept.read(shard)
-        if found is None and self._save:
-            start, stop = self._store.meta.shard_bounds(shard)
-            encoding = Coder(self._encoder, self._store, self._layers, None, False)
-            parts = list(encoding.tiles([shard], self._store.tokens.keep))
-            shape = (stop - start, len(self._layers), max(part.values.shape[2] for part in parts))
-            values, indices = np.zeros(shape, self._encoder.numpy_dtype), np.zeros(shape, np.int64)
-            for part in parts:
-                width = part.values.shape[2]
-                values[part.token - start, :, :width] = part.values
-                indices[part.token - start, :, :width] = part.indices
-            kept.write(shard, values, indices)
-            found = values, indices
-        return found
+    def _shard_codes(self, kept: KeptCodes, shard: int) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        codes = kept.read(shard)
+        if codes is not None or not self._save:
+            return codes
+        start, stop = self._store.meta.shard_bounds(shard)
+        encoding = Coder(self._encoder, self._store, self._layers, None, False)
+        tiles = list(encoding.tiles([shard], self._store.tokens.keep))
+        shape = (stop - start, len(self._layers), max(tile.values.shape[2] for tile in tiles))
+        values, indices = np.zeros(shape, self._encoder.numpy_dtype), np.zeros(shape, np.int64)
+        for tile in tiles:
+            width = tile.values.shape[2]
+            values[tile.token - start, :, :width] = tile.values
+            indices[tile.token - start, :, :width] = tile.indices
+        kept.write(shard, values, indices)
+        return values, indices
 
 
 def codes_folder(out: Path, config: AnalyzeConfig, n_tokens: int, n_layers: int, places: int) -> str | None:
