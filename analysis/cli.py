@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_options(AnalyzeConfig, words, prog="analyze", description=DESCRIPTION)
         delphi = config.delphi.export_delphi or config.delphi.delphi_scores
         if delphi and config.prompts.prompt:
-            raise UsageError("--prompt and delphi's flags: one after the other, please; each adds to the same analysis")
+            raise UsageError("give --prompt and delphi's flags one after the other: each adds to the same analysis")
         if config.prompts.prompt:
             from analysis.prompt.run import analyze_prompts as run
         elif delphi:

@@ -1,4 +1,4 @@
-"""What `analyze` can be asked for. Light: the command line is made from this alone. Tested in test_cli.py."""
+"""The options of `analyze`, from which its command line is generated; imports nothing heavy. Tested in test_cli.py."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ class StatisticsOptions:
 
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Number format of the encoder's product; float32 gives the same numbers on every CPU, bfloat16 is several times
-    faster where the hardware has it. Sums are float64 always, and made on the CPU."""
+    faster where the hardware has it. Sums are always float64, on the CPU."""
     device: str = "auto"
     """Where vectors are encoded: cpu, cuda, cuda:1, ...; auto: CUDA if there is one."""
     pca: bool = True
@@ -73,7 +73,7 @@ class LatentOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerOptions:
-    """What the store's transformer is run for and where it is."""
+    """Where the store's transformer is, and what it is run for."""
 
     downstream_tokens: int | None = None
     """Run the transformer with each layer replaced by its reconstruction, and compare its predictions at this
@@ -105,9 +105,9 @@ class PromptOptions:
     """Texts to look at through the autoencoder: adds to the report which latents are active at which token and layer.
     An analysis of the same store and autoencoder already in the output folder is kept."""
     ablate: tuple[str, ...] = ()
-    """With --prompt: take a latent out, LATENT or LATENT:LAYER, and show how the next token changes. Layers may be
-    several, 17:3,4,5, or 17:all. Without a layer: where it is strongest. At some of the text's positions alone, counted
-    from 0 with the opening: 17:3@5,6. By default the prompt's eight most specific latents, one at a time."""
+    """With --prompt: remove a latent, LATENT or LATENT:LAYER, and show how the next token changes. Several layers:
+    17:3,4,5, or 17:all; without a layer, where it is strongest. At some positions only, counted from 0 at the opening:
+    17:3@5,6. By default the prompt's eight most specific latents, one at a time."""
     steer: tuple[str, ...] = ()
     """With --prompt: add to a latent, LATENT:LAYER:COEFFICIENT, in units of activation; layers and
     positions (17:3:8@5) as for --ablate."""
@@ -128,11 +128,11 @@ class DelphiOptions:
     """With --export-delphi: which latents. By default those that fired at 200 tokens or more; delphi explains no
     latent with fewer examples."""
     delphi_scores: Path | None = None
-    """Folder with what delphi made of that, `explanations` and `scores`: adds these to the analysis and its report."""
+    """Folder with delphi's results, `explanations` and `scores`, to add to the analysis and its report."""
 
     def __post_init__(self) -> None:
         if self.delphi_latents and self.export_delphi is None:
-            raise UsageError("--delphi-latents says what to export: give a folder with --export-delphi")
+            raise UsageError("--delphi-latents needs an export: give a folder with --export-delphi")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ class OutputOptions:
     report: bool = True
     """Draw the figures and write report.html."""
     json: bool = False
-    """Print summary.json on stdout, as one line, and the words on stderr."""
+    """Print summary.json on stdout, as one line, and the readable summary on stderr."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +208,7 @@ class CompareConfig:
     """Analyses to put side by side."""
 
     compare: tuple[Path, ...]
-    """Folders that `analyze` wrote, or their summary.json: model sizes, with and without a lens, trained or not."""
+    """Folders from `analyze`, or their summary.json: models of any size, with or without a lens, trained or not."""
     out: Path = Path("comparison")
     """Folder for compare.parquet, compare.json, compare.png and compare.svg."""
     json: bool = False

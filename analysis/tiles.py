@@ -1,9 +1,9 @@
 """Tiles of a store's tokens: their vectors, read a few chunks at a time, and their sparse codes.
 
-Codes are encoded, or taken from the store where an earlier analysis kept them there (`--save-latents`). While an
-analysis lasts they also stand in a folder of its own, so that what looks at them again need not encode again: one file
-for each tile, named by the tile's first token; a task that is run again writes the same files. That folder is used
-where it takes no more than a quarter of the free disk.
+Codes are encoded, or read from the store if an earlier analysis kept them there (`--save-latents`). During an analysis
+they are also kept in a temporary folder, so that later steps need not encode again: one file per tile, named after its
+first token; a task that is run again writes the same files. The folder is used only if it needs at most a quarter of
+the free disk space.
 
 Shapes: T tokens of a tile, L analysed layers, D d_model, k active latents a vector.
 """
@@ -34,17 +34,17 @@ BYTES_PER_CODE = {"float32": 8, "bfloat16": 8, "float64": 12}
 """A value and an int32 index, by the analysis's dtype; with bfloat16 products values are float32."""
 
 SHARE_OF_DISK = 0.25
-"""Of the free space, that the codes of an analysis may use while it lasts."""
+"""Share of the free disk space that the temporary codes of an analysis may use."""
 
 STOPPING = threading.Event()
-"""While set, tasks in threads of this process end at their next tile, so that an interrupted run does not linger."""
+"""While set, tasks in threads of this process stop at their next tile, so that an interrupted run does not linger."""
 
 
 class CodeTile(NamedTuple):
     """Sparse codes of some tokens of a store."""
 
     token: NDArray[np.int64]
-    """[T] places in the store, ascending."""
+    """[T] positions in the store, ascending."""
     values: NDArray[np.floating]
     """[T, L, k] >= 0."""
     indices: NDArray[np.int64]
@@ -52,7 +52,7 @@ class CodeTile(NamedTuple):
 
 
 def shards_with(store: ActivationStore, needed: NDArray[np.bool_]) -> dict[int, int]:
-    """Shards that hold a token `needed` [tokens of the store], ascending, and how many such."""
+    """Shards with tokens that `needed` [tokens of the store] marks, ascending -> how many."""
     bounds = [store.meta.shard_bounds(shard) for shard in range(store.meta.n_shards)]
     counts = [int(needed[start:stop].sum()) for start, stop in bounds]
     return {shard: count for shard, count in enumerate(counts) if count}
@@ -62,7 +62,7 @@ def vector_tiles(
     store: ActivationStore, layers: tuple[int, ...], shards: Iterable[int], needed: NDArray[np.bool_]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """The needed tokens of some shards, a tile at a time: their positions in the store [T] and their vectors float32
-    [T, L, D]. `IncompatibleError` where a number is not finite."""
+    [T, L, D]. Raises `IncompatibleError` if a value is not finite."""
     size = store.meta.chunk_tokens
     size *= max(1, TILE_BYTES // (size * len(layers) * store.meta.d_model * 4))
     for shard in shards:
@@ -88,7 +88,7 @@ def vector_tiles(
 
 
 class Coder:
-    """Codes of tiles: kept ones where they are there, else encoded, and then kept if that was asked for."""
+    """Codes of tiles: from the store if it has them, otherwise encoded, and kept there if `save`."""
 
     def __init__(
         self, encoder: Encoder, store: ActivationStore, layers: tuple[int, ...], kept: KeptCodes | None, save: bool
@@ -97,7 +97,7 @@ class Coder:
         self._shard, self._codes = -1, None  # the shard of the last tile, and its kept codes
 
     def codes(self, token: NDArray[np.int64], vectors: Standardized) -> SparseCodes:
-        """Codes of the tokens [T], whose standardised vectors are given, all of one shard."""
+        """Codes of tokens [T] of one shard, given their standardised vectors."""
         if self._kept is not None:
             shard = int(token[0]) // self._store.meta.shard_tokens
             if shard != self._shard:
@@ -109,7 +109,7 @@ class Coder:
         return self._encoder.encode(vectors)
 
     def tiles(self, shards: Iterable[int], needed: NDArray[np.bool_]) -> Iterator[CodeTile]:
-        """Codes of the tokens `needed` [tokens of the store] that lie in these shards, a tile at a time, in order."""
+        """Codes of the tokens in these shards that `needed` [tokens of the store] marks, a tile at a time, in order."""
         for token, x in vector_tiles(self._store, self._layers, shards, needed):
             values, indices = self.codes(token, self._encoder.standardize(torch.from_numpy(x).view(-1, x.shape[-1])))
             shape = (len(token), len(self._layers), -1)
@@ -133,8 +133,8 @@ class Coder:
 
 
 def codes_folder(out: Path, config: AnalyzeConfig, n_tokens: int, n_layers: int, places: int) -> str | None:
-    """A new folder in `out` for the codes of an analysis, `places` for each vector; None if nothing looks at codes
-    again, if the store keeps them, or if they take too much space."""
+    """A new folder in `out` for the codes of an analysis, `places` for each vector; None if they are not needed again,
+    are kept in the store, or would take too much space."""
     size = n_tokens * n_layers * places * BYTES_PER_CODE[config.statistics.dtype]
     wanted = config.latents.examples and not config.latents.save_latents
     if not wanted or size > SHARE_OF_DISK * shutil.disk_usage(out).free:
@@ -145,7 +145,7 @@ def codes_folder(out: Path, config: AnalyzeConfig, n_tokens: int, n_layers: int,
 
 
 def write_codes(folder: str, tile: CodeTile) -> None:
-    """Put a tile that is not empty into the codes' folder."""
+    """Write a non-empty tile to the codes' folder."""
     path = Path(folder) / f"{int(tile.token[0]):015d}.npz"
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
@@ -154,7 +154,7 @@ def write_codes(folder: str, tile: CodeTile) -> None:
 
 
 def read_codes(folder: str, needed: NDArray[np.bool_]) -> Iterator[CodeTile]:
-    """The tiles in the codes' folder in order, of each the tokens `needed` [tokens of the store]."""
+    """The tiles in the codes' folder, in order, each cut to the tokens that `needed` [tokens of the store] marks."""
     for path in sorted(Path(folder).glob("*.npz")):
         with np.load(path) as kept:
             token = kept["token"]
@@ -165,10 +165,10 @@ def read_codes(folder: str, needed: NDArray[np.bool_]) -> Iterator[CodeTile]:
 
 @contextmanager
 def lasting(folder: str | None) -> Iterator[None]:
-    """Remove the codes' folder at the end of the block, also where the analysis fails."""
+    """Remove the codes' folder at the end of the block, even if the analysis fails."""
     try:
         yield
     finally:
         if folder:
-            # A task that is being stopped may still add a file.
+            # Errors are ignored because a task that is being stopped may still add a file.
             shutil.rmtree(folder, ignore_errors=True)
