@@ -38,7 +38,7 @@ class StatisticsOptions:
     """Fit PCA with k components on the training documents and show its FVU on the validation documents beside the
     autoencoder's."""
     intervals: bool = True
-    """Give 95 % intervals over documents."""
+    """Compute 95 % intervals over documents."""
     nulls: bool = True
     """Compare with null models: the same codes with layers permuted within each token, and with tokens permuted within
     each layer."""
@@ -93,7 +93,7 @@ class TransformerOptions:
 
     @property
     def asked_for(self) -> bool:
-        """Whether the model is wanted outright, so that its absence is an error and the network may be used."""
+        """Whether the model was asked for explicitly, so that its absence is an error and the network may be used."""
         return bool(self.downstream_tokens) or self.model is not None or self.lens is not None
 
 
