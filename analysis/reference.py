@@ -20,8 +20,6 @@ def mlsae_compat(moments: LayerMoments) -> dict[str, float | None]:
     """
     _, _, _, _, pairs, linear, spread, square = moments.pooled()
     cells = float(moments.n_tokens.sum())
-    if cells == 0:
-        return {"exp_var_l_tf": 0.0, "exp_var_l_f": 0.0, "var_l": 0.0, "rel_var_f": None, "rel_var_t": None}
     c = moments.centre
     first = (linear + c * pairs) / cells  # [M] sum_l l mean_t p
     second = (spread + square + 2 * c * linear + c * c * pairs) / cells  # [M] sum_l l^2 mean_t p
