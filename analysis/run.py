@@ -1,6 +1,8 @@
 """One analysis, from options to files: check, sum over shards, fit PCA, look at latents, run the model, write."""
 
+import shutil
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from analysis.results.summary import Baseline, Findings
 from analysis.results.write import tell, write_results
 from analysis.selection import Selection
 from analysis.task import VALIDATION, Sums, measure, pca_error
-from analysis.tiles import codes_folder, lasting, shards_with
+from analysis.tiles import codes_folder, shards_with
 from analysis.uncertainty import NO_INTERVALS, all_intervals
 from harvest.model.load import load_tokenizer
 from residscope.destinations import together
@@ -64,9 +66,11 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
         shards = shards_with(inputs.store, selection.needed(spec.pca))
         with (
             opened_here(spec, inputs, selection),
-            lasting(spec.codes_folder),
+            ExitStack() as cleanup,
             jobs.open_pool(workers.scheduler, workers.n_workers, len(shards), workers.performance_report) as pool,
         ):
+            if spec.codes_folder:  # Errors are ignored because a task that is being stopped may still add a file.
+                cleanup.callback(shutil.rmtree, spec.codes_folder, ignore_errors=True)
             if spec.save_latents:
                 _make_codes(spec, inputs.store)
             sums = jobs.run(pool, "encode", measure, (spec,), Sums.merged, shards)

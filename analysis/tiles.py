@@ -11,7 +11,6 @@ Shapes: T tokens of a tile, L analysed layers, D d_model, k active latents a vec
 import shutil
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,14 +160,3 @@ def read_codes(folder: str, needed: NDArray[np.bool_]) -> Iterator[CodeTile]:
             rows = needed[token]
             if rows.any():
                 yield CodeTile(token[rows], kept["values"][rows], kept["indices"][rows].astype(np.int64))
-
-
-@contextmanager
-def lasting(folder: str | None) -> Iterator[None]:
-    """Remove the codes' folder at the end of the block, even if the analysis fails."""
-    try:
-        yield
-    finally:
-        if folder:
-            # Errors are ignored because a task that is being stopped may still add a file.
-            shutil.rmtree(folder, ignore_errors=True)
