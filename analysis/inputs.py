@@ -1,7 +1,7 @@
 """The store and the autoencoder of an analysis: opened once in each process, and checked against each other.
 
-`open_inputs` is for the process that the user started, whose threads use what it opened. A task in another process is
-told paths, hashes and integers only (`TaskSpec`): `open_data` opens them again, and refuses what has another hash.
+The process that the user started calls `open_inputs`, and its threads share what that opened. A task in another process
+gets only paths, hashes and options (`TaskSpec`): `open_data` opens the files again, and refuses any other hash.
 """
 
 import threading
@@ -35,9 +35,9 @@ class Inputs:
     store: ActivationStore
     checkpoint: Checkpoint
     layers: tuple[int, ...]
-    """The stored layers that the autoencoder speaks of, as indices into the store's."""
+    """The stored layers that the autoencoder covers, as indices into the store's layers."""
     notes: Sequence[str]
-    """What a user must know of the autoencoder's file, and of how it and the store fit: sentences."""
+    """Sentences for the user about the autoencoder's file, and about whether it fits the store."""
 
     @property
     def sae(self) -> MLSAE:
@@ -59,25 +59,26 @@ class Inputs:
         return self.checkpoint.store.get("validation")
 
     def select(self, options: TokenOptions) -> Selection:
-        """The tokens that `options` choose; raises as `analysis.selection.select`."""
+        """The tokens that `options` choose; raises like `analysis.selection.select`."""
         held_out = held_out_documents(self.store.tokens, self.validation, same_store=self.same_store)
         return select(self.store.tokens, held_out, options, self.sae.config.n_latents)
 
 
 def open_inputs(store_path: Path, sae_path: Path) -> Inputs:
-    """Open both; raises `ResidscopeError` or a subclass where one is missing or broken, or where they do not fit."""
+    """Open both; raises `ResidscopeError` or a subclass if one is missing or damaged, or if they do not fit."""
     store = ActivationStore.open(store_path)
     checkpoint = read_checkpoint(sae_path)
-    layers, notes = layers_of_store(checkpoint, store, sae_path), [*_doubts(checkpoint, store), *checkpoint.notes]
+    layers = layers_of_store(checkpoint, store, sae_path)
+    notes = [*_doubts(checkpoint, store), *checkpoint.notes]
     return Inputs(store=store, checkpoint=checkpoint, layers=layers, notes=notes)
 
 
 def layers_of_store(checkpoint: Checkpoint, store: ActivationStore, sae_path: Path) -> tuple[int, ...]:
-    """The stored layers (indices into the store's layers) that the autoencoder speaks of, or `IncompatibleError`.
+    """The stored layers (indices into the store's layers) that the autoencoder covers, or `IncompatibleError`.
 
-    Model, its weights (trained or drawn at random), lens and d_model must be those that the autoencoder was trained on;
-    text and tokens may be others. The store may hold more layers than it was trained on: those are left out. What the
-    checkpoint does not record is not checked; `_doubts` says where that matters.
+    The model, its weights (trained or drawn at random), lens and d_model must be those of the autoencoder's training;
+    text and tokens may differ. Other layers in the store are left out. What the checkpoint does not record is not
+    checked; `_doubts` warns where that matters.
     """
     meta, trained = store.meta, checkpoint.store
     checks: list[tuple[str, Any, Any]] = [("d_model", checkpoint.config.d_model, meta.d_model)]
@@ -93,33 +94,33 @@ def layers_of_store(checkpoint: Checkpoint, store: ActivationStore, sae_path: Pa
         if expected != found:
             raise IncompatibleError(
                 f"{sae_path} does not fit {store.path}: {name} should be {expected or 'none'}, "
-                f"as the autoencoder was trained on, found {found or 'none'}: "
+                f"as in the autoencoder's training, found {found or 'none'}: "
                 "harvest a store of the same model and lens, or train on this one"
             )
     layers = tuple(trained.get("layers") or meta.layers)
     if missing := sorted(set(layers) - set(meta.layers)):
         raise IncompatibleError(
-            f"{sae_path} does not fit {store.path}: the autoencoder was trained on layers {list(layers)}, "
-            f"the store does not have layers {missing}: harvest them too (`train compare` takes it as it is)"
+            f"{sae_path} does not fit {store.path}: the autoencoder was trained on layers {list(layers)}, but "
+            f"the store does not have layers {missing}: harvest them too (`train compare` accepts the store as it is)"
         )
     return tuple(meta.layers.index(layer) for layer in layers)
 
 
 def _doubts(checkpoint: Checkpoint, store: ActivationStore) -> list[str]:
-    """Where checkpoint and store may not fit, and the checkpoint records too little to tell: sentences for the user."""
+    """Warnings for the user where the checkpoint records too little to tell whether it fits the store."""
     trained = checkpoint.store
     same_store = trained.get("content_hash") == store.content_hash
     if same_store or trained.get("random_init") is not None or not store.meta.provenance.get("random_init"):
         return []
     return [
-        "This store is of a model with random weights (--random-init), and whether the autoencoder was trained on "
-        "such a model is not recorded: if it was trained on the real one, these numbers say nothing of either."
+        "This store is of a model with random weights (--random-init), but the checkpoint does not record whether the "
+        "autoencoder was trained on such a model: if not, these numbers say nothing about either model."
     ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
-    """What all tasks of an analysis share: a few words and numbers, from which a worker makes all else once."""
+    """What all tasks of an analysis share: small values, from which each worker opens and computes the rest once."""
 
     store: str
     """Path of the store."""
@@ -134,14 +135,14 @@ class TaskSpec:
     tokens: TokenOptions
     statistics: StatisticsOptions
     validation: tuple[tuple[str, Any], ...]
-    """Fraction and seed of the checkpoint's validation split, with their names; empty where it holds nothing out."""
+    """(name, value) of the fraction and seed of the checkpoint's validation split; empty if nothing is held out."""
     pca: bool
-    """Whether to sum what the PCA baseline needs: wanted, and there is something to fit it on."""
+    """Whether to sum what the PCA baseline needs: it is wanted, and there are tokens to fit it on."""
     few: tuple[int, ...] = ()
-    """Places in the store of few tokens that carry much of a layer's variance (`store.care.outliers`)."""
+    """Positions in the store of the few tokens that carry much of a layer's variance (`store.care.outliers`)."""
     save_latents: bool = False
     codes_folder: str | None = None
-    """Folder for the analysed tokens' codes while the analysis lasts (`analysis.tiles`); None for none."""
+    """Temporary folder for the analysed tokens' codes during the analysis (`analysis.tiles`); None for none."""
 
 
 class TaskData(NamedTuple):
@@ -153,21 +154,21 @@ class TaskData(NamedTuple):
     shift: NDArray[np.float64]
     """[L, D] mean of each analysed layer over the store's kept tokens."""
     kept: KeptCodes | None
-    """Codes that an earlier analysis kept in the store, or that this one does."""
+    """Codes in the store, from an earlier analysis or to be kept by this one; None for none."""
 
     def coder(self, spec: TaskSpec) -> Coder:
         return Coder(self.encoder, self.store, spec.layers, self.kept, spec.save_latents)
 
 
 def open_data(spec: TaskSpec) -> TaskData:
-    """All that a task needs, once in a process; `IncompatibleError` if it is another store or autoencoder now."""
+    """What a task needs, opened once per process; `IncompatibleError` if the store or autoencoder has changed."""
     with _opening:
         return _open_data(spec)
 
 
 @contextmanager
 def opened_here(spec: TaskSpec, inputs: Inputs, selection: Selection) -> Iterator[None]:
-    """Within the block tasks in this process use the store and autoencoder that are open, and the selection."""
+    """Within the block, tasks in this process use these inputs, which are open already, and this selection."""
     _opened_here[spec] = inputs.store, inputs.sae, selection
     try:
         yield
@@ -190,11 +191,12 @@ def _open_data(spec: TaskSpec) -> TaskData:
 
 
 def _open_again(spec: TaskSpec) -> tuple[ActivationStore, MLSAE, Selection]:
-    store, (sae, _) = ActivationStore.open(spec.store, content_hash=spec.content_hash), read_sae(as_path(spec.sae))
+    store = ActivationStore.open(spec.store, content_hash=spec.content_hash)
+    sae, _ = read_sae(as_path(spec.sae))
     if (found := sae_hash(sae)) != spec.sae_hash:
         raise IncompatibleError(
             f"{spec.sae} is not the autoencoder that was opened first: its hash should be {spec.sae_hash}, found "
-            f"{found}; do not write to it while it is analysed, or analyse in threads, which do not open it again"
+            f"{found}; do not write to it during the analysis, or use --scheduler threads, which opens it only once"
         )
-    held_out = held_out_documents(store.tokens, dict(spec.validation), same_store=True)  # the first process looked
+    held_out = held_out_documents(store.tokens, dict(spec.validation), same_store=True)  # checked by the first process
     return store, sae, select(store.tokens, held_out, spec.tokens, sae.config.n_latents)

@@ -1,11 +1,11 @@
 """Run a sum over shards: one Dask task per group of whole shards, and a tree that merges what they return.
 
-Groups and tree depend on the number of shards alone, not on workers, so the sums have one order and the result is the
-same however many work. A worker that dies loses the tasks that it held: Dask runs them again.
+Groups and tree depend only on the number of shards, so sums are always added in the same order and the result does not
+depend on the number of workers. If a worker dies, Dask runs its tasks again.
 
 Threads of this process are the default: encoding, reading and summing all release the interpreter's lock, so threads
 are as fast as processes, share one copy of the weights and start at once. Processes (a LocalCluster) cost seconds to
-start. With several workers each has one torch thread, or its share of the cores.
+start. Such a worker uses one torch thread; threads of this process share its torch threads.
 """
 
 import uuid
@@ -28,14 +28,14 @@ from residscope.console import progress
 from residscope.errors import Interrupted, ResidscopeError, is_out_of_memory, said
 
 TASKS = 256
-"""Groups of shards that a store is cut into at most, where they are small: enough for many workers, few enough that
-merging costs nothing."""
+"""Groups that a store's shards are divided into at most, if `TASK_SHARDS` allows: enough for many workers, few enough
+that merging costs nothing."""
 
 TASK_SHARDS = 16
-"""Shards of a group at most, 1 to 17 GB: what a worker that dies takes with it."""
+"""Shards per group at most, 1 to 17 GB: the work that is lost when a worker dies."""
 
 MERGE_WIDTH = 8
-"""Sums that one node of the tree merges."""
+"""Sums merged by one node of the tree."""
 
 R = TypeVar("R")
 
@@ -48,13 +48,13 @@ def run(
     merge: Callable[[Sequence[R]], R],
     tokens: Mapping[int, int],
 ) -> R:
-    """The sum of `task(*arguments, shards) -> R` over shards, ascending; name: what the progress bar says.
+    """The sum of `task(*arguments, shards) -> R` over the shards of `tokens`, which are ascending.
 
-    Workers import task and merge, which adds results in order; arguments are small, and able to travel. tokens: by
-    shard those that count, for progress.
+    name: label of the progress bar. Workers must be able to import task and merge, which adds results in order, and to
+    unpickle arguments, which should be small. tokens: shard -> the tokens in it that count for progress.
     """
     shards = tuple(tokens)
-    # A scheduler takes tasks of one key for the same task, and may serve several analyses at once.
+    # A scheduler treats tasks with the same key as one task, and may serve several analyses at once.
     prefix = f"{name}-{uuid.uuid4().hex}"
     leaves, tokens_of = [], {}
     for number, group in enumerate(shard_groups(len(shards))):
@@ -89,7 +89,7 @@ def _tree(nodes: list[Delayed], merge: Callable[..., Any], name: str) -> Delayed
 
 
 def attempt(task: Callable[..., R], arguments: tuple[Any, ...], shards: tuple[int, ...], tokens: int) -> R:
-    """task(*arguments, shards), tried up to `ATTEMPTS` times; an error that the user must act on is not tried again."""
+    """task(*arguments, shards), tried up to `ATTEMPTS` times; errors that the user must fix are not retried."""
     if (worker := cluster.this_worker()) is not None:
         torch.set_num_threads(1)
     for left in reversed(range(cluster.ATTEMPTS)):
@@ -111,7 +111,7 @@ def attempt(task: Callable[..., R], arguments: tuple[Any, ...], shards: tuple[in
 def open_pool(scheduler: str, n_workers: int | None, n_tasks: int, report: Path | None = None) -> Iterator["Pool"]:
     """The pool that `--scheduler` names: threads, processes, or the address of a Dask scheduler.
 
-    report: where to write Dask's own page of what ran when, once all is done.
+    report: HTML file to write Dask's performance report to, at the end.
     """
     if report is not None and find_spec("bokeh") is None:
         raise ResidscopeError("--performance-report needs bokeh: pip install 'residscope[dashboard]', or leave it out")
@@ -130,7 +130,7 @@ def open_pool(scheduler: str, n_workers: int | None, n_tasks: int, report: Path 
 
 @contextmanager
 def _profile(report: Path) -> Iterator[None]:
-    """Tasks, processor and memory of this process's threads, drawn to `report`."""
+    """Write a page with the tasks, CPU and memory use of this process's threads to `report`."""
     from dask.diagnostics.profile import Profiler, ResourceProfiler
     from dask.diagnostics.profile_visualize import visualize
 
@@ -183,8 +183,8 @@ class Cluster:
                     wait(future, timeout=cluster.POLL_SECONDS)
             return future.result()
         except KilledWorker as error:
-            fewer = "perhaps for want of memory: use fewer with --n-workers, or leave --scheduler out"
-            raise ResidscopeError(f"the workers of task {error.task} were killed repeatedly: {fewer}") from None
+            advice = "perhaps for lack of memory; use fewer with --n-workers, or leave --scheduler out"
+            raise ResidscopeError(f"the workers of task {error.task} were killed repeatedly, {advice}") from None
         except (CancelledError, CommClosedError) as error:
             raise ResidscopeError(f"the Dask scheduler went away ({said(error)}): start it again") from None
         finally:

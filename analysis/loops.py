@@ -28,8 +28,8 @@ N_ACTIVE, RUN_LENGTH, ONSET, OFFSET = range(4)
 N_RUNS, CONTIGUITY, UNBROKEN = range(3)
 LATENT_ACTIVE, LATENT_ONSET, LATENT_OFFSET, LATENT_RUN, LATENT_CONTIGUITY = range(5)
 
-# Columns of the scratch array `seen`: of a latent at one token, the first and last layer at which it is active, active
-# layers, runs, the length of the present run and of the longest.
+# Columns of the scratch array `seen`: for a latent at one token, the first and last layer at which it is active, the
+# number of active layers and of runs, and the length of the current and of the longest run.
 FIRST, LAST, ACTIVE, RUNS, RUN, LONGEST = range(6)
 
 
@@ -56,7 +56,7 @@ def add_codes(values, indices, rows, layers, group_of_token, sums, counts, total
 
 @compiled()
 def _collect(t, values, indices, rows, layers, stamp, moments, seen, touched, counts, totals):
-    """Gather token t's latents: their numbers go into `touched`, the number of them is returned."""
+    """Gather token t's latents: write their indices to `touched` and return how many there are."""
     mass, mean, spread = moments[0], moments[1], moments[2]
     n_touched = 0
     for i in range(len(rows)):
@@ -130,7 +130,7 @@ def _add_pairs(touched, moments, seen, layers, sums, histogram, shape, latents):
 # Reassociation lets the sums over d_model run in vector registers; no other liberty is taken with the arithmetic.
 @compiled(fastmath={"reassoc", "contract"})
 def measure_vectors(x, x_hat, shift, member, squared_error, squared_deviation, norm, cosine, deviation_sum):
-    """What `analysis.quality` needs of T tokens, from one reading.
+    """What `analysis.quality` needs of T tokens, in one pass.
 
     x, x_hat [T, L, D] and shift [L, D] of one float type; member bool [S, T]. Written, all float64 [T, L]:
     squared_error |x - x_hat|^2, squared_deviation |x - shift|^2, norm |x|, cosine between a layer's and the next

@@ -19,7 +19,7 @@ so that, by mass, with everything summed over latents and divided by sum_j M0
 
 Sums are float64 (counts int64) with layers centred. They add over tokens, so they merge across shards, workers and
 document groups in any order. Whole tokens must be added: every layer of a token in one call. The same pass over the
-codes fills the sums of which `analysis.persistence` makes numbers. The method in full: docs/method.md.
+codes also fills the sums that `analysis.persistence` needs. The full method: docs/method.md.
 
 Shapes: T tokens, L layers, k active latents a vector, M n_latents, G document groups.
 """
@@ -37,7 +37,7 @@ Weighting = Literal["mass", "equal", "latent"]
 
 WEIGHTINGS: tuple[Weighting, ...] = ("mass", "equal", "latent")
 """mass: P(l, j, t) = a / sum a. equal: every active (token, latent) pair has mass 1. latent: every live latent counts
-once, its own variance by mass."""
+once, with its own variance by mass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,24 +52,24 @@ class LayerMoments:
     """[G] tokens added."""
     sums: NDArray[np.float64]
     """[G, 8, M] sums over tokens of m, m mu, m v, m mu^2 (M0, M1, M2 - Q and Q), then of 1, mu, v, mu^2: the same with
-    every pair's mass set to 1. mu is centred."""
+    the mass of every pair set to 1. mu is centred."""
     counts: NDArray[np.int64]
     """[M, L] (token, layer) pairs at which a latent fired."""
     totals: NDArray[np.float64]
     """[M, L] sum of activations."""
     histograms: NDArray[np.float64]
-    """[G, 2, 4, L]: of (token, latent) pairs, weighted by mass and each once, the weight by n_layers_active and
-    run_length (n at position n - 1), onset and offset (at the layer's position)."""
+    """[G, 2, 4, L]: total weight of (token, latent) pairs, by mass and then counting 1 each, per value of
+    n_layers_active and run_length (n at position n - 1), onset and offset (at the layer's position)."""
     run_sums: NDArray[np.float64]
-    """[G, 2, 3]: for the same weightings, sums of weight times n_runs, contiguity, and 1 where n_runs is 1."""
+    """[G, 2, 3]: for the same two weightings, weighted sums of n_runs, of contiguity and of n_runs == 1."""
     latent_sums: NDArray[np.float64]
     """[M, 5]: sums over a latent's pairs of n_layers_active, onset, offset (centred), run_length and contiguity."""
     errors: NDArray[np.float64]
-    """[G, 3, L] sums of |x - x_hat|^2, |x - m|^2 (m: `analysis.quality`) and active latents, for their intervals."""
+    """[G, 3, L] sums of |x - x_hat|^2, |x - m|^2 (m: `analysis.quality`) and active latents, for intervals."""
 
     @classmethod
     def zeros(cls, layers: Sequence[int], n_latents: int, groups: Sequence[int] = (0,)) -> "LayerMoments":
-        """No tokens yet; `add` takes tokens of these document groups only."""
+        """Empty sums; `add` takes tokens of these document groups only."""
         n_layers, n_groups = len(layers), len(set(groups))
         return cls(
             layers=np.asarray(layers, np.int64),
@@ -103,18 +103,18 @@ class LayerMoments:
     ) -> None:
         """Add whole tokens, in place: finite values [T, L, k] >= 0, indices [T, L, k], group [T] (default: the first).
 
-        rows [T, L]: which of the T * L vectors, counted token by token, is taken to stand at a token and layer; default
-        each at its own (`analysis.baselines.nulls` has others). errors [3, T, L]: of these tokens, what
-        `LayerQuality.add` gave.
+        rows [T, L]: which of the T * L vectors, counted token by token, to use at each token and layer; by default
+        its own (`analysis.baselines.nulls` permutes them). errors [3, T, L]: what `LayerQuality.add` returned for these
+        tokens.
         """
         from analysis import loops
 
         n_tokens, n_layers, k = values.shape
         row = np.zeros(n_tokens, np.int64) if group is None else np.searchsorted(self.groups, group)
-        own = np.arange(n_tokens * n_layers).reshape(n_tokens, n_layers) if rows is None else rows
+        rows = np.arange(n_tokens * n_layers).reshape(n_tokens, n_layers) if rows is None else rows
         codes = [np.ascontiguousarray(part).reshape(-1, k) for part in (values, indices)]
         sums = self.sums, self.counts, self.totals, self.histograms, self.run_sums, self.latent_sums
-        loops.add_codes(*codes, own, self.layers - self.centre, row, *sums)
+        loops.add_codes(*codes, rows, self.layers - self.centre, row, *sums)
         np.add.at(self.n_tokens, row, 1)
         if errors is not None:
             np.add.at(self.errors, row, np.moveaxis(errors, 0, 1))
@@ -139,7 +139,7 @@ class LayerMoments:
 
 
 class Variances(NamedTuple):
-    """The law of total variance of the layer L under one weighting, in layers squared; floats, or over replicates."""
+    """The law of total variance of the layer L under one weighting, in layers squared; scalars, or [replicates]."""
 
     within_token: NDArray[np.float64]
     """E[Var(L | J, T)], the token-level variance."""
@@ -160,22 +160,22 @@ class Variances(NamedTuple):
 
     @property
     def aggregate_over_token(self) -> NDArray[np.float64]:
-        """How many times the token-level variance the aggregate is, at least 1; NaN where the former is 0."""
+        """Aggregate variance / token-level variance, at least 1; NaN where the latter is 0."""
         return ratio(self.aggregate, self.within_token)
 
 
 VARIANCE_NAMES = ("within_token", "between_tokens", "between_latents", "total", "aggregate", "aggregate_over_token")
-"""What is reported of a `Variances`, in this order."""
+"""The reported attributes of `Variances`, in this order."""
 
 
 def variances(sums: NDArray[np.float64], weighting: Weighting) -> Variances:
-    """The decomposition from pooled sums [..., 8, M]; leading axes (replicates) stay. Zero without a live latent."""
+    """The decomposition from pooled sums [..., 8, M]; leading axes (replicates) are kept. Zero if no latent is live."""
     rows = sums[..., 4:, :] if weighting == "equal" else sums[..., :4, :]
     weight, linear, spread, square = np.moveaxis(rows, -2, 0)  # each [..., M]
     live = weight > 0
     mean = ratio_or_zero(linear, weight, live)
-    # Rounding alone can take this difference of nearly equal numbers below zero; layers are centred, so by no more than
-    # a few ulp of `square`.
+    # Rounding can take this difference of nearly equal numbers below zero, but as layers are centred only by a few ulp
+    # of `square`.
     between = square - linear * mean
     assert np.all(between >= -1e-9 * square), "between-token sums should not be negative"
     between = np.maximum(between, 0.0)
@@ -194,6 +194,6 @@ def variances(sums: NDArray[np.float64], weighting: Weighting) -> Variances:
 
 
 def variance_numbers(pooled: NDArray[np.float64]) -> dict[str, dict[str, float | None]]:
-    """weighting -> name (`VARIANCE_NAMES`) -> number, None where it is not defined."""
-    found = {weighting: variances(pooled, weighting) for weighting in WEIGHTINGS}
-    return {w: {name: defined(getattr(value, name)) for name in VARIANCE_NAMES} for w, value in found.items()}
+    """weighting -> name (`VARIANCE_NAMES`) -> number, None where undefined."""
+    parts = {weighting: variances(pooled, weighting) for weighting in WEIGHTINGS}
+    return {w: {name: defined(getattr(part, name)) for name in VARIANCE_NAMES} for w, part in parts.items()}

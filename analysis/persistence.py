@@ -1,6 +1,6 @@
 """When a latent switches on and off along the layers of one token: sums that add over tokens, and what they give.
 
-A (token, latent) pair is a latent with an activation > 0 at one layer of the token at least. Of each pair
+A (token, latent) pair is a latent that is active (> 0) at one or more layers of the token. Each pair has
 
     n_layers_active   layers at which it is active
     onset, offset     first and last such layer
@@ -25,7 +25,7 @@ from analysis.quality import defined
 PairWeighting = Literal["mass", "equal"]
 
 PAIR_WEIGHTINGS: tuple[PairWeighting, ...] = ("mass", "equal")
-"""What a pair counts: its activation mass, or one."""
+"""The weight of a pair: its activation mass, or 1."""
 
 DISTRIBUTIONS = ("n_layers_active", "run_length", "onset", "offset")
 """Rows of `LayerMoments.histograms`, in order."""
@@ -42,21 +42,21 @@ class PersistenceNumbers(NamedTuple):
     n_runs: NDArray[np.float64]
     contiguity: NDArray[np.float64]
     unbroken: NDArray[np.float64]
-    """Share of pairs with one run: on once, on until it goes off."""
+    """Share of pairs with one run, without a gap."""
     single_layer: NDArray[np.float64]
-    """Share of pairs active at one layer only, which are unbroken and of contiguity 1 by themselves."""
+    """Share of pairs active at one layer only, which are trivially unbroken and have contiguity 1."""
     contiguity_multi: NDArray[np.float64]
     """Contiguity of the other pairs."""
     unbroken_multi: NDArray[np.float64]
     """Share of the other pairs with one run."""
     stays_on: NDArray[np.float64]
-    """Of the layers at which a pair is active, but the last analysed: the share where it is on at the next one too."""
+    """Share of the layers at which a pair is active (except the last analysed layer) with it active at the next too."""
 
 
 def persistence_numbers(
     histograms: NDArray[np.float64], run_sums: NDArray[np.float64], layers: NDArray[np.int64], weighting: PairWeighting
 ) -> PersistenceNumbers:
-    """From sums over groups, histograms [..., 2, 4, L] and run_sums [..., 2, 3]; layers [L]: the model's numbers."""
+    """Numbers from histograms [..., 2, 4, L] and run_sums [..., 2, 3], summed over groups; layers [L]: the model's."""
     w = PAIR_WEIGHTINGS.index(weighting)
     active, run, onset, offset = np.moveaxis(histograms[..., w, :, :], -2, 0)  # each [..., L]
     runs, contiguity, unbroken = np.moveaxis(run_sums[..., w, :], -1, 0)
@@ -74,7 +74,7 @@ def persistence_numbers(
         single_layer=_mean(single, weight),
         contiguity_multi=_mean(contiguity - single, weight - single, weight),
         unbroken_multi=_mean(unbroken - single, weight - single, weight),
-        # A pair of n active layers in r runs has n - r neighbours that are both active.
+        # n active layers in r runs give n - r pairs of adjacent layers that are both active.
         stays_on=_mean(layers_on - runs, layers_on - offset[..., -1], layers_on),
     )
 
@@ -84,21 +84,21 @@ PERSISTENCE_NAMES = PersistenceNumbers._fields
 
 
 def distributions(moments: LayerMoments) -> dict[str, dict[str, list[float]]]:
-    """weighting -> name (`DISTRIBUTIONS`) -> shares of all document groups [L] that sum to 1; zeros without a pair."""
+    """weighting -> name (`DISTRIBUTIONS`) -> shares [L] over all document groups that sum to 1; zeros without pairs."""
     histograms = zip(PAIR_WEIGHTINGS, moments.histograms.sum(axis=0), strict=True)  # each [4, L]
     shares = {weighting: rows / (rows[0].sum() or 1.0) for weighting, rows in histograms}
     return {w: dict(zip(DISTRIBUTIONS, rows.tolist(), strict=True)) for w, rows in shares.items()}
 
 
 def persistence_summary(moments: LayerMoments) -> dict[str, dict[str, Any]]:
-    """weighting -> name (`PERSISTENCE_NAMES`) -> number of all document groups, None where it is not defined."""
+    """weighting -> name (`PERSISTENCE_NAMES`) -> number over all document groups, None where undefined."""
     sums = moments.histograms.sum(axis=0), moments.run_sums.sum(axis=0), moments.layers
-    means = {weighting: persistence_numbers(*sums, weighting) for weighting in PAIR_WEIGHTINGS}
-    return {w: {name: defined(value) for name, value in found._asdict().items()} for w, found in means.items()}
+    means = {weighting: persistence_numbers(*sums, weighting)._asdict() for weighting in PAIR_WEIGHTINGS}
+    return {w: {name: defined(value) for name, value in numbers.items()} for w, numbers in means.items()}
 
 
 class LatentPersistence(NamedTuple):
-    """Means over the tokens at which a latent fired, each counting once; [M], NaN where it never did."""
+    """Means over the tokens at which a latent fired, each counting once; [M], NaN if it never fired."""
 
     layers_per_token: NDArray[np.float64]
     onset: NDArray[np.float64]
@@ -109,13 +109,13 @@ class LatentPersistence(NamedTuple):
 
 
 def latent_persistence(moments: LayerMoments) -> LatentPersistence:
-    """Of each latent."""
+    """When each latent is on, from its sums over all document groups."""
     pairs = moments.pooled()[4]
     active, onset, offset, run, contiguity = (_mean(column, pairs) for column in moments.latent_sums.T)
     return LatentPersistence(active, onset + moments.centre, offset + moments.centre, run, contiguity)
 
 
 def _mean(total: NDArray, weight: NDArray, scale: NDArray | float = 0.0) -> NDArray[np.float64]:
-    """total / weight; NaN where the weight, a difference of sums of size `scale`, is 0 but for rounding."""
+    """total / weight; NaN where weight is 0, or only rounding, if it is a difference of sums as large as `scale`."""
     some = np.asarray(weight) > 1e-12 * np.asarray(scale)
     return np.divide(total, weight, out=np.full_like(np.asarray(total), np.nan), where=some)

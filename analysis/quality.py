@@ -5,12 +5,12 @@ and the numbers that they give.
     MSE_l    = sum |x - x_hat|^2 / (n d_model)          grows with the square of a layer's norm
     L0_l     = mean number of latents with a value > 0
     norm_l   = mean L2 norm of x
-    cosine_l = mean cosine between x_l - m_l and x_{l+1} - m_{l+1} of the same token, m the means of the store's kept
-               tokens
+    cosine_l = mean cosine between x_l - m_l and x_{l+1} - m_{l+1} of the same token, where m are the means over the
+               store's kept tokens
 
 Errors are in raw space; lower is better. Deviations are taken from m and summed in float64: sum |x - mean_l|^2 =
-sum |x - m|^2 - |sum (x - m)|^2 / n, in which nothing cancels, because m is (nearly) the mean. So one reading is enough,
-with massive activations too. Several subsets of the tokens (analysed, validation) are summed at once.
+sum |x - m|^2 - |sum (x - m)|^2 / n, in which nothing cancels, because m is (nearly) the mean. So one pass is enough,
+even with massive activations. Several subsets of the tokens (analysed, validation) are summed at once.
 
 Shapes: T tokens, L layers, D d_model, k active latents a vector, S subsets.
 """
@@ -63,7 +63,7 @@ class LayerQuality:
         """Add tokens in place: x, x_hat [T, L, D], values [T, L, k] of their codes, shift [L, D] = m in x's float type,
         member [S, T].
 
-        Returns [3, T, L], what `LayerMoments.add` takes: |x - x_hat|^2, |x - m|^2 and the number of active latents.
+        Returns [3, T, L] for `LayerMoments.add`: |x - x_hat|^2, |x - m|^2 and the number of active latents.
         """
         from analysis import loops
 
@@ -108,7 +108,7 @@ class LayerQuality:
 
 
 class QualityResult(NamedTuple):
-    """Numbers of a set of tokens by layer, each [L]; NaN where a number is not defined (no vector, or no spread)."""
+    """Numbers of a subset of tokens per layer, each [L]; NaN where undefined (no vectors, or no spread)."""
 
     n_tokens: int
     d_model: int
@@ -126,12 +126,12 @@ def ratio(numerator: NDArray, denominator: NDArray | float) -> NDArray[np.float6
 
 
 def ratio_or_zero(numerator: NDArray, denominator: NDArray, where: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """numerator / denominator, 0 elsewhere than `where`."""
+    """numerator / denominator where `where` is True, 0 elsewhere."""
     return np.divide(numerator, denominator, out=np.zeros_like(np.asarray(numerator)), where=where)
 
 
 def defined(value: Any) -> float | None:
-    """A JSON number, or None for what is not defined."""
+    """The number for JSON; None if it is undefined (not finite)."""
     return float(value) if np.isfinite(value) else None
 
 

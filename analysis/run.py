@@ -1,6 +1,8 @@
 """One analysis, from options to files: check, sum over shards, fit PCA, look at latents, run the model, write."""
 
+import shutil
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from analysis.results.summary import Baseline, Findings
 from analysis.results.write import tell, write_results
 from analysis.selection import Selection
 from analysis.task import VALIDATION, Sums, measure, pca_error
-from analysis.tiles import codes_folder, lasting, shards_with
+from analysis.tiles import codes_folder, shards_with
 from analysis.uncertainty import NO_INTERVALS, all_intervals
 from harvest.model.load import load_tokenizer
 from residscope.destinations import together
@@ -35,10 +37,10 @@ from train.model import sae_hash
 
 
 def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, Any]:
-    """Run an analysis, write its files to `config.out_dir`, print its words, and return summary.json's content.
+    """Run an analysis, write its files to `config.out_dir`, print a summary, and return what summary.json holds.
 
-    inputs: of `open_inputs`, if they are open already. Raises `ResidscopeError` or a subclass for what a user can act
-    on: store or checkpoint missing, broken or not fitting, nothing to analyse, no answer of a scheduler, a full disk.
+    inputs: what `open_inputs` returned, if already open. Raises `ResidscopeError` or a subclass for what a user can
+    fix: a missing, damaged or mismatched store or checkpoint, nothing to analyse, no scheduler, a full disk.
     """
     started, workers = time.monotonic(), config.workers
     for path, flag in ((config.out_dir, "--out"), (workers.performance_report, "--performance-report")):
@@ -46,7 +48,7 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
             refuse_inside_store(path, flag)
     report = workers.performance_report
     if report and (report.name in FILES or (report.exists() and report.suffix != ".html")):
-        raise UsageError(f"--performance-report {report} is, or has the name of, another file: choose another")
+        raise UsageError(f"--performance-report {report} exists, or is the name of a results file: choose another")
     inputs = inputs or open_inputs(config.store, config.sae)
     selection = inputs.select(config.tokens)
     store, model_path = inputs.store, config.transformer.model
@@ -61,13 +63,14 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
     found_model = find_model(config.transformer, inputs.store)
     with together(config.out_dir, FILES, [SUMMARY], replace=may_be_replaced(config)) as folder:
         spec = replace(task_spec(config, inputs, selection, folder), few=few.tokens if few else ())
-        needed = selection.needed if spec.pca else selection.analysed | selection.validation
-        shards = shards_with(inputs.store, needed)
+        shards = shards_with(inputs.store, selection.needed(spec.pca))
         with (
             opened_here(spec, inputs, selection),
-            lasting(spec.codes_folder),
+            ExitStack() as cleanup,
             jobs.open_pool(workers.scheduler, workers.n_workers, len(shards), workers.performance_report) as pool,
         ):
+            if spec.codes_folder:  # Errors are ignored because a task that is being stopped may still add a file.
+                cleanup.callback(shutil.rmtree, spec.codes_folder, ignore_errors=True)
             if spec.save_latents:
                 _make_codes(spec, inputs.store)
             sums = jobs.run(pool, "encode", measure, (spec,), Sums.merged, shards)
@@ -81,9 +84,7 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
                 views = view_latents(spec, inputs, selection, table, config.transformer.model, folder)
         live, pca = np.flatnonzero(table.n_fired), baseline and baseline.sae
         model = run_model(config, found_model, inputs, selection, live, folder, pca)
-        intervals = NO_INTERVALS
-        if config.statistics.intervals:
-            intervals = all_intervals(sums.moments, sums.analysed)
+        intervals = all_intervals(sums.moments, sums.analysed) if config.statistics.intervals else NO_INTERVALS
         findings = Findings(
             config=config,
             inputs=inputs,
@@ -103,7 +104,7 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
         try:
             if config.output.report:
                 write_report(folder)
-        except Exception as error:  # The numbers stay, whatever becomes of their report.
+        except Exception as error:  # The numbers are kept even if their report fails.
             (folder / REPORT).unlink(missing_ok=True)
             failed = error
     if failed:
@@ -113,7 +114,7 @@ def analyze(config: AnalyzeConfig, inputs: Inputs | None = None) -> dict[str, An
 
 
 def task_spec(config: AnalyzeConfig, inputs: Inputs, selection: Selection, folder: Path | None) -> TaskSpec:
-    """What the tasks are told. folder: where codes may be kept while the analysis lasts; None: nowhere."""
+    """What the tasks need to know. folder: where codes may be kept during the analysis; None: nowhere."""
     split = inputs.validation if selection.held_out.any() else None
     places = kept_places(inputs.sae.config)
     return TaskSpec(
@@ -132,12 +133,12 @@ def task_spec(config: AnalyzeConfig, inputs: Inputs, selection: Selection, folde
 
 
 def _make_codes(spec: TaskSpec, store: ActivationStore) -> None:
-    """Make the arrays for codes before any task runs, so that a store that cannot be written is reported at once."""
+    """Make the arrays for codes before any task runs, so that a read-only store is reported at once."""
     try:
         open_data(spec)
     except OSError as error:
-        found = f"{store.path} cannot be written ({error.strerror})"
-        raise ResidscopeError(f"--save-latents: {found}: leave the flag out, or copy the store") from None
+        problem = f"cannot write to {store.path} ({error.strerror})"
+        raise ResidscopeError(f"--save-latents: {problem}: leave the flag out, or copy the store") from None
 
 
 def _pca_baseline(spec: TaskSpec, inputs: Inputs, selection: Selection, sums: Sums, pool: jobs.Pool) -> Baseline:

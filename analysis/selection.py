@@ -1,6 +1,6 @@
-"""Which tokens of a store an analysis speaks of, and the document groups that intervals are drawn over.
+"""Which tokens of a store are analysed, and the document groups that intervals leave out in turn.
 
-Every worker makes the same arrays by itself, so no task carries them.
+Every worker computes the same arrays itself, so no task carries them.
 
 Shapes: T tokens of the store.
 """
@@ -17,31 +17,30 @@ from store.arrays import TokenTable
 from store.shuffle import validation_documents
 
 MAX_GROUPS = 100
-"""Document groups that sums are kept for: enough for 95 % intervals, few enough that the sums stay small, and for a
-byte of each token."""
+"""Document groups at most: enough for 95 % intervals, few enough for small sums and for one byte per token."""
 
 GROUP_BYTES = 512 * 2**20
-"""Memory that the sums of all document groups may take; many latents get fewer groups, at least `MIN_GROUPS`."""
+"""Memory that the sums of all document groups may take; many latents mean fewer groups, at least `MIN_GROUPS`."""
 
 MIN_GROUPS = 16
 
-_PIECE = 1 << 22  # Tokens that are looked at together.
+_PIECE = 1 << 22  # Tokens processed at once.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Masks over the tokens of a store; tokens that the store's `keep` leaves out are in none."""
+    """Masks over the tokens of a store; none includes tokens that the store's `keep` leaves out."""
 
     analysed: NDArray[np.bool_]
     """[T] tokens that the distribution over layers and the reconstruction are about."""
     validation: NDArray[np.bool_]
-    """[T] tokens of held-out documents, if any, for validation FVU and the PCA baseline's."""
+    """[T] tokens of held-out documents, if any, for the validation FVU of the autoencoder and of the PCA baseline."""
     fit: NDArray[np.bool_]
-    """[T] tokens that the PCA baseline is fitted on: of documents not held out; none if nothing is held out."""
+    """[T] tokens that the PCA baseline is fitted on: those not held out; none if nothing is held out."""
     group: NDArray[np.int8]
-    """[T] document group of an analysed token, 0 .. n_groups - 1, not descending; -1 elsewhere."""
+    """[T] document group of each analysed token, 0 .. n_groups - 1, never descending; -1 elsewhere."""
     held_out: NDArray[np.bool_]
-    """[documents of the store] whether the autoencoder was not trained on it."""
+    """[documents of the store] True if held out of the autoencoder's training."""
     n_documents: int
     """Documents with an analysed token."""
     n_groups: int
@@ -51,10 +50,9 @@ class Selection:
     def n_analysed(self) -> int:
         return int(self.analysed.sum())
 
-    @property
-    def needed(self) -> NDArray[np.bool_]:
-        """[T] tokens that must be read."""
-        return self.analysed | self.validation | self.fit
+    def needed(self, pca: bool) -> NDArray[np.bool_]:
+        """[T] tokens that must be read; pca: also those that the PCA baseline is fitted on."""
+        return self.analysed | self.validation | self.fit if pca else self.analysed | self.validation
 
 
 def select(tokens: TokenTable, held_out: NDArray[np.bool_], options: TokenOptions, n_latents: int) -> Selection:
@@ -90,21 +88,19 @@ _EMPTY = {
 
 
 def held_out_documents(tokens: TokenTable, validation: Mapping | None, *, same_store: bool) -> NDArray[np.bool_]:
-    """bool [n_documents] by the checkpoint's own {fraction, seed}; all False without one, and in another store with
-    another number of documents, to which that draw says nothing. Document ids are 0 .. n_documents - 1.
+    """bool [n_documents] drawn from the checkpoint's own {fraction, seed}; all False without them, and for another
+    store with a different number of documents, where the draw means nothing. Document ids are 0 .. n_documents - 1.
 
-    Raises `IncompatibleError` if this is the store that the checkpoint was trained on, but not with as many documents.
+    Raises `IncompatibleError` if the checkpoint was trained on this very store but records another number of documents.
     """
     n_documents = int(tokens.document.max()) + 1
-    if not validation:
+    expected = (validation or {}).get("n_documents", n_documents)
+    if not validation or (expected != n_documents and not same_store):
         return np.zeros(n_documents, bool)
-    expected = validation.get("n_documents", n_documents)
     if expected != n_documents:
-        if not same_store:
-            return np.zeros(n_documents, bool)
         raise IncompatibleError(
-            f"the checkpoint says that its store has {expected} documents, found {n_documents}, so which of them it was"
-            " not trained on is not known: its records are damaged; use another checkpoint"
+            f"the checkpoint says that its store has {expected} documents, found {n_documents}, so it is unknown which "
+            "of them were held out: the checkpoint's record is damaged; use another checkpoint"
         )
     return validation_documents(n_documents, float(validation["fraction"]), int(validation["seed"]))
 
@@ -113,20 +109,20 @@ def _first(mask: NDArray[np.bool_], limit: int | None) -> NDArray[np.bool_]:
     """`mask` with only its first `limit` True entries."""
     left = len(mask) if limit is None else limit
     for start in range(0, len(mask), _PIECE):
-        found = np.flatnonzero(mask[start : start + _PIECE])
-        if len(found) > left:
-            end = start + int(found[left])
+        positions = np.flatnonzero(mask[start : start + _PIECE])
+        if len(positions) > left:
+            end = start + int(positions[left])
             return np.concatenate([mask[:end], np.zeros(len(mask) - end, bool)])
-        left -= len(found)
+        left -= len(positions)
     return mask
 
 
 def _document_groups(
     document: NDArray[np.integer], analysed: NDArray[np.bool_], n_documents: int, n_latents: int
 ) -> tuple[NDArray[np.int8], int, int]:
-    """Group of each token (-1 where not analysed), documents with an analysed token, and groups.
+    """Group of each token (-1 where not analysed), number of documents with an analysed token, and number of groups.
 
-    A document goes to the group that the middle of its tokens falls in, the analysed tokens cut into equal parts.
+    The analysed tokens are cut into equal parts; a document goes to the part that the middle of its tokens falls in.
     """
     size = np.zeros(n_documents, np.int64)
     for start in range(0, len(document), _PIECE):
@@ -135,10 +131,10 @@ def _document_groups(
     present = np.flatnonzero(size)
     middle = np.cumsum(size[present]) - size[present] / 2
     limit = int(np.clip(GROUP_BYTES // (8 * 8 * n_latents), MIN_GROUPS, MAX_GROUPS))
-    wanted = (middle * min(limit, len(present)) / size.sum()).astype(np.int64)
-    _, of_present = np.unique(wanted, return_inverse=True)
-    of_document = np.full(n_documents, -1, np.int8)
-    of_document[present] = of_present
-    group = of_document[document]
+    part = (middle * min(limit, len(present)) / size.sum()).astype(np.int64)
+    groups, group_of_present = np.unique(part, return_inverse=True)
+    group_of_document = np.full(n_documents, -1, np.int8)
+    group_of_document[present] = group_of_present
+    group = group_of_document[document]
     np.putmask(group, ~analysed, -1)
-    return group, len(present), int(of_present[-1]) + 1
+    return group, len(present), len(groups)

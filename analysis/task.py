@@ -1,7 +1,7 @@
 """What one task does: read some shards of a store, encode their tokens, and return a small sum.
 
 A task is a pure function of paths and integers (`analysis.inputs.TaskSpec`), so any process that sees the paths can run
-it, again if need be. Memory is bounded by a tile of tokens and by sums that do not grow with the number of tokens.
+it, and run it again. Memory is bounded by a tile of tokens and by sums that do not grow with the number of tokens.
 
 Shapes: T tokens of a tile, L analysed layers, D d_model. Tested in tests/analysis/test_run.py.
 """
@@ -22,18 +22,18 @@ from residscope.errors import IncompatibleError
 from train.compare.pca import Components, PCASums
 
 ANALYSED, VALIDATION, WITHOUT_FEW = 0, 1, 2
-"""Subsets of `Sums.quality`; the last, the analysed tokens but for `TaskSpec.few`, only where there are such."""
+"""Subsets in `Sums.quality`. The last one, the analysed tokens without `TaskSpec.few`, exists only if there are any."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sums:
-    """What tasks return and a tree merges."""
+    """What each task returns; a tree of tasks merges them."""
 
     moments: LayerMoments
     quality: LayerQuality
     pca: PCASums | None
     nulls: Mapping[str, LayerMoments]
-    """By name of the null model (`analysis.baselines.nulls.NULLS`), in one document group; empty without them."""
+    """Null model (`analysis.baselines.nulls.NULLS`) -> its moments, in one document group; empty without nulls."""
 
     @property
     def analysed(self) -> QualityResult:
@@ -43,11 +43,11 @@ class Sums:
     @staticmethod
     def merged(parts: "Sequence[Sums]") -> "Sums":
         """The sum of `parts`, added in their order."""
-        of_pca = [part.pca for part in parts if part.pca is not None]
+        pcas = [part.pca for part in parts if part.pca is not None]
         return Sums(
             moments=LayerMoments.merged([part.moments for part in parts]),
             quality=LayerQuality.merged([part.quality for part in parts]),
-            pca=PCASums.merged(of_pca) if of_pca else None,
+            pca=PCASums.merged(pcas) if pcas else None,
             nulls={name: LayerMoments.merged([part.nulls[name] for part in parts]) for name in parts[0].nulls},
         )
 
@@ -60,7 +60,7 @@ def measure(spec: TaskSpec, shards: Sequence[int]) -> Sums:
     shift = data.shift.astype(encoder.numpy_dtype)
     sums = _no_sums(spec, data, shards)
     coder = data.coder(spec)
-    needed = selection.needed if spec.pca else selection.analysed | selection.validation
+    needed = selection.needed(spec.pca)
     for shard in shards:
         for token, x in vector_tiles(store, spec.layers, [shard], needed):
             vectors = encoder.standardize(torch.from_numpy(x).view(-1, d_model))
@@ -68,14 +68,14 @@ def measure(spec: TaskSpec, shards: Sequence[int]) -> Sums:
                 chosen = torch.from_numpy(np.repeat(selection.fit[token], n_layers))
                 sums.pca.add(vectors.x if chosen.all() else vectors.x[chosen], vectors.x.dtype)
             analysed = selection.analysed[token]
-            others = [analysed & ~np.isin(token, spec.few)] if spec.few else []
-            member = np.stack([analysed, selection.validation[token], *others])  # [2 or 3, T]
+            without_few = [analysed & ~np.isin(token, spec.few)] if spec.few else []
+            member = np.stack([analysed, selection.validation[token], *without_few])  # [2 or 3, T]
             rows = member.any(axis=0)
             if not rows.any():
                 continue
             if not rows.all():
                 chosen = torch.from_numpy(np.repeat(rows, n_layers))
-                vectors = type(vectors)(*(part[chosen] for part in vectors))
+                vectors = vectors._make(part[chosen] for part in vectors)
                 x, member, token = x[rows], member[:, rows], token[rows]
             codes = coder.codes(token, vectors)
             parts = (*codes, encoder.decode(codes, vectors))
@@ -89,10 +89,10 @@ def measure(spec: TaskSpec, shards: Sequence[int]) -> Sums:
 
 
 def _no_sums(spec: TaskSpec, data: TaskData, shards: Sequence[int]) -> Sums:
-    """Sums of no token yet, with room for the document groups of these shards."""
+    """Empty sums, with room for the document groups of these shards."""
     n_layers, d_model = data.shift.shape
-    bounds = [slice(*data.store.meta.shard_bounds(shard)) for shard in shards]
-    groups = np.unique(np.concatenate([data.selection.group[tokens] for tokens in bounds]))
+    token_ranges = [slice(*data.store.meta.shard_bounds(shard)) for shard in shards]
+    groups = np.unique(np.concatenate([data.selection.group[tokens] for tokens in token_ranges]))
     present = groups[groups >= 0].tolist()
     layers, n_latents = [data.store.meta.layers[i] for i in spec.layers], data.encoder.config.n_latents
     return Sums(
@@ -104,11 +104,11 @@ def _no_sums(spec: TaskSpec, data: TaskData, shards: Sequence[int]) -> Sums:
 
 
 def _add_codes(spec: TaskSpec, data: TaskData, sums: Sums, tile: CodeTile, per_token: NDArray[np.float64]) -> None:
-    """Add the codes of analysed tokens; per_token [3, T, L] is theirs of `LayerQuality.add`."""
+    """Add the codes of analysed tokens; per_token [3, T, L]: what `LayerQuality.add` returned for them."""
     token, values, indices = tile
-    sound = (values >= 0) & (values < np.inf)
-    if not sound.all():
-        where = tuple(np.argwhere(~sound)[0])
+    valid = (values >= 0) & (values < np.inf)
+    if not valid.all():
+        where = tuple(np.argwhere(~valid)[0])
         raise IncompatibleError(
             f"{spec.sae} on {spec.store}: the activation is {values[where]} at layer {sums.moments.layers[where[1]]}, "
             f"token {token[where[0]]} of the store: it should be finite and at least 0; check the store with "
@@ -123,8 +123,8 @@ def _add_codes(spec: TaskSpec, data: TaskData, sums: Sums, tile: CodeTile, per_t
 
 
 def codes_again(spec: TaskSpec, needed: NDArray[np.bool_]) -> Iterator[CodeTile]:
-    """Codes of analysed tokens `needed` [tokens of the store] after `measure`, a tile at a time, in order: as it left
-    them in a folder, as the store keeps them, or encoded once more."""
+    """After `measure`, the codes of those analysed tokens that `needed` [tokens of the store] marks, a tile at a time,
+    in order: read from its temporary folder or from the store, or else encoded again."""
     if spec.codes_folder:
         yield from read_codes(spec.codes_folder, needed)
         return
@@ -133,15 +133,17 @@ def codes_again(spec: TaskSpec, needed: NDArray[np.bool_]) -> Iterator[CodeTile]
 
 
 def pca_error(spec: TaskSpec, components: Components, shards: Sequence[int]) -> NDArray[np.float64]:
-    """[L] summed squared error, in raw space, of the PCA baseline's reconstructions of the validation tokens in these
-    shards: the mean and k components of standardised vectors, mapped back by each vector's own mean and scale."""
+    """[L] summed squared error of the PCA baseline, in raw space, on the validation tokens of these shards.
+
+    Vectors are standardised, projected on k components about their mean, and mapped back by their own mean and scale.
+    """
     data = open_data(spec)
     n_layers, d_model = data.shift.shape
     mean, directions = (part.to(data.encoder.dtype) for part in components)  # [D], [k, D]
     errors = np.zeros(n_layers)
     for _, x in vector_tiles(data.store, spec.layers, shards, data.selection.validation):
-        standardized, own_mean, scale = data.encoder.standardize(torch.from_numpy(x).view(-1, d_model))
+        raw = torch.from_numpy(x).view(-1, d_model)
+        standardized, own_mean, scale = data.encoder.standardize(raw)
         x_hat = ((standardized - mean) @ directions.T @ directions + mean) * scale + own_mean
-        error = (torch.from_numpy(x).view(-1, d_model) - x_hat).double().square().sum(dim=-1)
-        errors += error.view(-1, n_layers).sum(dim=0).numpy()
+        errors += (raw - x_hat).double().square().sum(dim=-1).view(-1, n_layers).sum(dim=0).numpy()
     return errors

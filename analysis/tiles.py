@@ -1,9 +1,9 @@
 """Tiles of a store's tokens: their vectors, read a few chunks at a time, and their sparse codes.
 
-Codes are encoded, or taken from the store where an earlier analysis kept them there (`--save-latents`). While an
-analysis lasts they also stand in a folder of its own, so that what looks at them again need not encode again: one file
-for each tile, named by the tile's first token; a task that is run again writes the same files. That folder is used
-where it takes no more than a quarter of the free disk.
+Codes are encoded, or read from the store if an earlier analysis kept them there (`--save-latents`). During an analysis
+they are also kept in a temporary folder, so that later steps need not encode again: one file per tile, named after its
+first token; a task that is run again writes the same files. The folder is used only if it needs at most a quarter of
+the free disk space.
 
 Shapes: T tokens of a tile, L analysed layers, D d_model, k active latents a vector.
 """
@@ -11,7 +11,6 @@ Shapes: T tokens of a tile, L analysed layers, D d_model, k active latents a vec
 import shutil
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,17 +33,17 @@ BYTES_PER_CODE = {"float32": 8, "bfloat16": 8, "float64": 12}
 """A value and an int32 index, by the analysis's dtype; with bfloat16 products values are float32."""
 
 SHARE_OF_DISK = 0.25
-"""Of the free space, that the codes of an analysis may use while it lasts."""
+"""Share of the free disk space that the temporary codes of an analysis may use."""
 
 STOPPING = threading.Event()
-"""While set, tasks in threads of this process end at their next tile, so that an interrupted run does not linger."""
+"""While set, tasks in threads of this process stop at their next tile, so that an interrupted run does not linger."""
 
 
 class CodeTile(NamedTuple):
     """Sparse codes of some tokens of a store."""
 
     token: NDArray[np.int64]
-    """[T] places in the store, ascending."""
+    """[T] positions in the store, ascending."""
     values: NDArray[np.floating]
     """[T, L, k] >= 0."""
     indices: NDArray[np.int64]
@@ -52,16 +51,17 @@ class CodeTile(NamedTuple):
 
 
 def shards_with(store: ActivationStore, needed: NDArray[np.bool_]) -> dict[int, int]:
-    """Shards that hold a token `needed` [tokens of the store], ascending, and how many such."""
-    bounds = (store.meta.shard_bounds(shard) for shard in range(store.meta.n_shards))
-    return {shard: n for shard, (start, stop) in enumerate(bounds) if (n := int(needed[start:stop].sum()))}
+    """Shards with tokens that `needed` [tokens of the store] marks, ascending -> how many."""
+    bounds = [store.meta.shard_bounds(shard) for shard in range(store.meta.n_shards)]
+    counts = [int(needed[start:stop].sum()) for start, stop in bounds]
+    return {shard: count for shard, count in enumerate(counts) if count}
 
 
 def vector_tiles(
     store: ActivationStore, layers: tuple[int, ...], shards: Iterable[int], needed: NDArray[np.bool_]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """The needed tokens of some shards, a tile at a time: their positions in the store [T] and their vectors float32
-    [T, L, D]. `IncompatibleError` where a number is not finite."""
+    [T, L, D]. Raises `IncompatibleError` if a value is not finite."""
     size = store.meta.chunk_tokens
     size *= max(1, TILE_BYTES // (size * len(layers) * store.meta.d_model * 4))
     for shard in shards:
@@ -72,21 +72,22 @@ def vector_tiles(
                 raise Interrupted("the analysis was stopped")
             stop = min(start + size, last)
             token = start + np.flatnonzero(needed[start:stop])
-            if len(token):
-                x = store.read(slice(start, stop), layers)
-                x = x if len(token) == stop - start else x[token - start]
-                if not (np.isfinite(x.min()) and np.isfinite(x.max())):  # a NaN is both
-                    t, i, d = (int(n) for n in np.argwhere(~np.isfinite(x))[0])
-                    raise IncompatibleError(
-                        f"{store.path}, layer {store.meta.layers[layers[i]]}, token {token[t]} of the store, dimension "
-                        f"{d}: the value {x[t, i, d]} is not finite: check the store with `residscope verify`, or "
-                        "harvest again"
-                    )
-                yield token, x
+            if not len(token):
+                continue
+            x = store.read(slice(start, stop), layers)
+            x = x if len(token) == stop - start else x[token - start]
+            if not (np.isfinite(x.min()) and np.isfinite(x.max())):  # any NaN makes both NaN
+                t, i, d = (int(n) for n in np.argwhere(~np.isfinite(x))[0])
+                raise IncompatibleError(
+                    f"{store.path}, layer {store.meta.layers[layers[i]]}, token {token[t]} of the store, "
+                    f"dimension {d}: the value {x[t, i, d]} is not finite: check the store with `residscope verify`, "
+                    "or harvest again"
+                )
+            yield token, x
 
 
 class Coder:
-    """Codes of tiles: kept ones where they are there, else encoded, and then kept if that was asked for."""
+    """Codes of tiles: from the store if it has them, otherwise encoded, and kept there if `save`."""
 
     def __init__(
         self, encoder: Encoder, store: ActivationStore, layers: tuple[int, ...], kept: KeptCodes | None, save: bool
@@ -95,11 +96,11 @@ class Coder:
         self._shard, self._codes = -1, None  # the shard of the last tile, and its kept codes
 
     def codes(self, token: NDArray[np.int64], vectors: Standardized) -> SparseCodes:
-        """Codes of the tokens [T], whose standardised vectors are given, all of one shard."""
+        """Codes of tokens [T] of one shard, given their standardised vectors."""
         if self._kept is not None:
             shard = int(token[0]) // self._store.meta.shard_tokens
             if shard != self._shard:
-                self._shard, self._codes = shard, self._of_shard(self._kept, shard)
+                self._shard, self._codes = shard, self._shard_codes(self._kept, shard)
             if self._codes is not None:
                 rows = token - shard * self._store.meta.shard_tokens
                 values, indices = (torch.from_numpy(part[rows]).flatten(0, 1) for part in self._codes)
@@ -107,32 +108,32 @@ class Coder:
         return self._encoder.encode(vectors)
 
     def tiles(self, shards: Iterable[int], needed: NDArray[np.bool_]) -> Iterator[CodeTile]:
-        """Codes of the tokens `needed` [tokens of the store] that lie in these shards, a tile at a time, in order."""
+        """Codes of the tokens in these shards that `needed` [tokens of the store] marks, a tile at a time, in order."""
         for token, x in vector_tiles(self._store, self._layers, shards, needed):
             values, indices = self.codes(token, self._encoder.standardize(torch.from_numpy(x).view(-1, x.shape[-1])))
             shape = (len(token), len(self._layers), -1)
             yield CodeTile(token, values.view(shape).numpy(), indices.view(shape).numpy())
 
-    def _of_shard(self, kept: KeptCodes, shard: int) -> tuple[NDArray[Any], NDArray[Any]] | None:
-        found = kept.read(shard)
-        if found is None and self._save:
-            start, stop = self._store.meta.shard_bounds(shard)
-            encoding = Coder(self._encoder, self._store, self._layers, None, False)
-            parts = list(encoding.tiles([shard], self._store.tokens.keep))
-            shape = (stop - start, len(self._layers), max(part.values.shape[2] for part in parts))
-            values, indices = np.zeros(shape, self._encoder.numpy_dtype), np.zeros(shape, np.int64)
-            for part in parts:
-                width = part.values.shape[2]
-                values[part.token - start, :, :width] = part.values
-                indices[part.token - start, :, :width] = part.indices
-            kept.write(shard, values, indices)
-            found = values, indices
-        return found
+    def _shard_codes(self, kept: KeptCodes, shard: int) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        codes = kept.read(shard)
+        if codes is not None or not self._save:
+            return codes
+        start, stop = self._store.meta.shard_bounds(shard)
+        encoding = Coder(self._encoder, self._store, self._layers, None, False)
+        tiles = list(encoding.tiles([shard], self._store.tokens.keep))
+        shape = (stop - start, len(self._layers), max(tile.values.shape[2] for tile in tiles))
+        values, indices = np.zeros(shape, self._encoder.numpy_dtype), np.zeros(shape, np.int64)
+        for tile in tiles:
+            width = tile.values.shape[2]
+            values[tile.token - start, :, :width] = tile.values
+            indices[tile.token - start, :, :width] = tile.indices
+        kept.write(shard, values, indices)
+        return values, indices
 
 
 def codes_folder(out: Path, config: AnalyzeConfig, n_tokens: int, n_layers: int, places: int) -> str | None:
-    """A new folder in `out` for the codes of an analysis, `places` for each vector; None if nothing looks at codes
-    again, if the store keeps them, or if they take too much space."""
+    """A new folder in `out` for the codes of an analysis, `places` for each vector; None if they are not needed again,
+    are kept in the store, or would take too much space."""
     size = n_tokens * n_layers * places * BYTES_PER_CODE[config.statistics.dtype]
     wanted = config.latents.examples and not config.latents.save_latents
     if not wanted or size > SHARE_OF_DISK * shutil.disk_usage(out).free:
@@ -143,7 +144,7 @@ def codes_folder(out: Path, config: AnalyzeConfig, n_tokens: int, n_layers: int,
 
 
 def write_codes(folder: str, tile: CodeTile) -> None:
-    """Put a tile that is not empty into the codes' folder."""
+    """Write a non-empty tile to the codes' folder."""
     path = Path(folder) / f"{int(tile.token[0]):015d}.npz"
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
@@ -152,21 +153,10 @@ def write_codes(folder: str, tile: CodeTile) -> None:
 
 
 def read_codes(folder: str, needed: NDArray[np.bool_]) -> Iterator[CodeTile]:
-    """The tiles in the codes' folder in order, of each the tokens `needed` [tokens of the store]."""
+    """The tiles in the codes' folder, in order, each cut to the tokens that `needed` [tokens of the store] marks."""
     for path in sorted(Path(folder).glob("*.npz")):
         with np.load(path) as kept:
             token = kept["token"]
             rows = needed[token]
             if rows.any():
                 yield CodeTile(token[rows], kept["values"][rows], kept["indices"][rows].astype(np.int64))
-
-
-@contextmanager
-def lasting(folder: str | None) -> Iterator[None]:
-    """Remove the codes' folder at the end of the block, also where the analysis fails."""
-    try:
-        yield
-    finally:
-        if folder:
-            # A task that is being stopped may still add a file.
-            shutil.rmtree(folder, ignore_errors=True)

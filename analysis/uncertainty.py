@@ -1,15 +1,15 @@
 """How sure the numbers are: 95 % intervals by leaving out documents.
 
-Tokens of one document are alike, so documents, not tokens, are what is sampled. Sums are kept for groups of whole
-documents (`analysis.selection`), all of about the same size; a replicate is every number again from the sums of all
-groups but one. No token is looked at again.
+Tokens of one document are alike, so the sampling unit is the document, not the token. Sums are kept for groups of whole
+documents (`analysis.selection`), all of about the same size; a replicate recomputes every number from the sums of all
+groups but one, without reading any token again.
 
-From the replicates the jackknife (Tukey 1958) gives a number's bias, which is taken off, and its standard error; on the
-logarithm where the number is positive by nature. Documents differ much and a few weigh much, so the interval is the
-wider, at each end, of two: the symmetric one of Student's t, with the degrees of freedom that the replicates' kurtosis
-leaves (Satterthwaite 1946), and one corrected for their skewness (Hall 1992). Chosen because it held the truth more
-often than the basic, percentile and BCa bootstrap on samples of a known process (`benchmarks/bench_intervals.py`):
-those are too narrow with few documents.
+From the replicates the jackknife (Tukey 1958) gives a number's bias, which is subtracted, and its standard error, on a
+log scale if the number is positive by nature. Documents differ much and a few carry much weight, so at each end the
+wider of two intervals is taken: the symmetric Student's t interval, with degrees of freedom from the replicates'
+kurtosis (Satterthwaite 1946), and one corrected for their skewness (Hall 1992). On samples of a known process
+(`benchmarks/bench_intervals.py`) this covered the truth more often than the basic, percentile and BCa bootstraps, which
+are too narrow with few documents.
 
 Shapes: G document groups, N numbers, M n_latents.
 """
@@ -25,7 +25,7 @@ from analysis.persistence import PAIR_WEIGHTINGS, PERSISTENCE_NAMES, persistence
 from analysis.quality import QualityResult
 
 MIN_INTERVAL_GROUPS = 20
-"""Fewer groups give no interval: at 16, those of some numbers held the truth less than nine times in ten."""
+"""With fewer groups no interval is given: at 16, those of some numbers covered the truth less than 9 times in 10."""
 
 METHOD = "jackknife over groups of whole documents, with corrections for bias, skewness and heavy tails"
 
@@ -46,23 +46,23 @@ Intervals = dict[str, dict[str, Interval | None]]
 
 
 def leave_one_out(n_groups: int) -> NDArray[np.float64]:
-    """[G, G] how often each replicate takes each document group: once, its own never."""
+    """[G, G] how often each replicate uses each document group: once, but its own never."""
     return 1.0 - np.eye(n_groups)
 
 
 def without_each(sums: NDArray[Any]) -> NDArray[np.float64]:
-    """[..., G] the product of `sums` [..., G] with `leave_one_out`, by additions alone and without its G x G memory."""
-    found = np.zeros(sums.shape)
-    found[..., 1:] = np.cumsum(sums[..., :-1], axis=-1, dtype=np.float64)
-    found[..., :-1] += np.cumsum(sums[..., :0:-1], axis=-1, dtype=np.float64)[..., ::-1]
-    return found
+    """[..., G] the product of `sums` [..., G] and `leave_one_out`, by additions only and without a G x G matrix."""
+    result = np.zeros(sums.shape)
+    result[..., 1:] = np.cumsum(sums[..., :-1], axis=-1, dtype=np.float64)
+    result[..., :-1] += np.cumsum(sums[..., :0:-1], axis=-1, dtype=np.float64)[..., ::-1]
+    return result
 
 
 def jackknife_intervals(
     values: NDArray[np.float64], replicates: NDArray[np.float64], *, signed: bool = False
 ) -> list[Interval | None]:
-    """The interval of each value [N] from its replicates [N, G], and holding it; None where one is not finite. signed:
-    the numbers may be negative by nature, so that no logarithm is taken of those that happen to be positive."""
+    """The interval of each value [N] from its replicates [N, G], widened to hold the value; None unless all are finite.
+    signed: the numbers may be negative by nature, so no log scale is used for those that happen to be positive."""
     return [_interval(float(value), row, signed) for value, row in zip(values, replicates, strict=True)]
 
 
@@ -77,7 +77,7 @@ def _interval(value: float, replicates: NDArray[np.float64], signed: bool) -> In
 
 
 def _bounds(value: float, replicates: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[low, high] on the scale that is given."""
+    """[low, high] on the scale of the arguments."""
     n = len(replicates)
     influence = (n - 1) * (replicates.mean() - replicates)  # [G] what each group adds, times G
     square = (influence**2).mean()
@@ -122,8 +122,8 @@ def variance_intervals(moments: LayerMoments) -> Intervals:
     replicates: dict[Weighting, list[NDArray[np.float64]]] = {weighting: [] for weighting in WEIGHTINGS}
     step = max(1, _AT_ONCE_BYTES // (flat[0].nbytes or 1))
     for start in range(0, len(draws), step):
-        drawn = (rows := draws[start : start + step]) @ flat
-        drawn = drawn.reshape(len(rows), *pooled.shape)
+        rows = draws[start : start + step]
+        drawn = (rows @ flat).reshape(len(rows), *pooled.shape)
         for weighting, parts in replicates.items():
             parts.append(_stacked(drawn, weighting))
     return {
@@ -133,8 +133,8 @@ def variance_intervals(moments: LayerMoments) -> Intervals:
 
 
 def _stacked(sums: NDArray[np.float64], weighting: Weighting) -> NDArray[np.float64]:
-    found = variances(sums, weighting)
-    return np.stack([getattr(found, name) for name in VARIANCE_NAMES])
+    decomposition = variances(sums, weighting)
+    return np.stack([getattr(decomposition, name) for name in VARIANCE_NAMES])
 
 
 def _named(names: Sequence[str], values: NDArray, replicates: NDArray) -> dict[str, Interval | None]:
@@ -142,25 +142,25 @@ def _named(names: Sequence[str], values: NDArray, replicates: NDArray) -> dict[s
 
 
 def persistence_intervals(moments: LayerMoments) -> Intervals:
-    """As `variance_intervals`, of the numbers of `analysis.persistence`."""
+    """As `variance_intervals`, for the numbers of `analysis.persistence`."""
     draws = leave_one_out(len(moments.groups))
-    sums = moments.histograms, moments.run_sums
-    pooled, drawn = ([np.tensordot(each, x, 1) for x in sums] for each in (np.ones((1, len(draws))), draws))
+    pooled = moments.histograms.sum(axis=0), moments.run_sums.sum(axis=0), moments.layers
+    drawn = np.tensordot(draws, moments.histograms, 1), np.tensordot(draws, moments.run_sums, 1), moments.layers
     intervals: Intervals = {}
     for weighting in PAIR_WEIGHTINGS:
-        value = np.stack(persistence_numbers(pooled[0], pooled[1], moments.layers, weighting))  # [N, 1]
-        replicates = np.stack(persistence_numbers(drawn[0], drawn[1], moments.layers, weighting))  # [N, G]
-        intervals[weighting] = _named(PERSISTENCE_NAMES, value[:, 0], replicates)
+        values = np.stack(persistence_numbers(*pooled, weighting))  # [N]
+        replicates = np.stack(persistence_numbers(*drawn, weighting))  # [N, G]
+        intervals[weighting] = _named(PERSISTENCE_NAMES, values, replicates)
     return intervals
 
 
 class SumIntervals(NamedTuple):
-    """Of all numbers that the sums give; empty where none are given, None as in `Intervals`."""
+    """Intervals of all numbers computed from the sums; empty if there are none, None as in `Intervals`."""
 
     variance: Intervals
     persistence: Intervals
     reconstruction: dict[str, Interval | None]
-    """Of the means over layers of fvu, mse and l0."""
+    """For the means over layers of fvu, mse and l0."""
     fvu_by_layer: list[Interval | None]
     """[L]"""
 
@@ -168,30 +168,31 @@ class SumIntervals(NamedTuple):
 NO_INTERVALS = SumIntervals({}, {}, {}, [])
 
 
-def all_intervals(moments: LayerMoments, found: QualityResult) -> SumIntervals:
-    """Of the variances, persistence and reconstruction of the analysed tokens; none with too few document groups."""
+def all_intervals(moments: LayerMoments, quality: QualityResult) -> SumIntervals:
+    """For the variances, persistence and reconstruction of the analysed tokens; none with too few document groups."""
     if len(moments.groups) < MIN_INTERVAL_GROUPS:
         return NO_INTERVALS
-    means, by_layer = reconstruction_intervals(moments, found)
+    means, by_layer = reconstruction_intervals(moments, quality)
     return SumIntervals(variance_intervals(moments), persistence_intervals(moments), means, by_layer)
 
 
 def reconstruction_intervals(
-    moments: LayerMoments, found: QualityResult
+    moments: LayerMoments, quality: QualityResult
 ) -> tuple[dict[str, Interval | None], list[Interval | None]]:
     """`reconstruction` and `fvu_by_layer` of `SumIntervals`.
 
-    A replicate's FVU is its squared error over its squared deviation from one fixed vector by layer, times a constant
-    that gives the found FVU where every group is taken: so the layers' means need not be kept by group.
+    A replicate's FVU is its squared error over its squared deviation from one fixed vector per layer, scaled so that
+    all groups together give the measured FVU: so the layers' means need not be kept per group.
     """
     draws = leave_one_out(len(moments.groups))
-    whole, drawn = moments.errors.sum(axis=0)[None], np.tensordot(draws, moments.errors, 1)  # [1, 3, L], [G, 3, L]
+    whole = moments.errors.sum(axis=0)  # [3, L]
+    drawn = np.tensordot(draws, moments.errors, 1)  # [G, 3, L]
     tokens = draws @ moments.n_tokens.astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
-        scale = found.fvu * whole[0, 1] / whole[0, 0]
-        fvu = np.where(found.fvu == 0, 0.0, drawn[:, 0] / drawn[:, 1] * scale)  # [G, L]
-    mse = drawn[:, 0].mean(axis=1) / tokens / found.d_model
+        scale = quality.fvu * whole[1] / whole[0]
+        fvu = np.where(quality.fvu == 0, 0.0, drawn[:, 0] / drawn[:, 1] * scale)  # [G, L]
+    mse = drawn[:, 0].mean(axis=1) / tokens / quality.d_model
     l0 = drawn[:, 2].mean(axis=1) / tokens
-    values = np.array([found.fvu.mean(), found.mse.mean(), found.l0.mean(), *found.fvu])
+    values = np.array([quality.fvu.mean(), quality.mse.mean(), quality.l0.mean(), *quality.fvu])
     intervals = jackknife_intervals(values, np.stack([fvu.mean(axis=1), mse, l0, *fvu.T]))
     return dict(zip(("fvu", "mse", "l0"), intervals, strict=False)), intervals[3:]

@@ -1,16 +1,16 @@
-"""What chance would give: the same codes with their layers, or their tokens, mixed up.
+"""What chance alone would give: the same codes with their layers, or their tokens, permuted.
 
-    layers_permuted   within each token the layer labels are permuted: each vector keeps its code, and stands at another
-                      layer. What is left is which latents share a token; order along the layers is gone, so what the
-                      observed numbers show of nearness and of persistence beyond this is due to the layers.
-    tokens_permuted   within each layer the codes are permuted over the tokens of a chunk of the store, no code staying
-                      where it was, each layer on its own. Each latent's profile over layers stays exactly as it was,
-                      and so do the aggregate and between-latent variances by mass; that layers of one token belong
-                      together is gone.
+    layers_permuted   within each token, codes are permuted over the layers. Which latents share a token is kept; the
+                      order of layers is lost, so any proximity or persistence that the observed numbers show beyond
+                      this null is due to that order.
+    tokens_permuted   within each layer, and separately for each, codes are permuted over the tokens of a chunk of the
+                      store, so that none stays in place. Each latent's profile over layers stays exactly the same, and
+                      with it the aggregate and between-latent variances by mass; the link between the layers of a
+                      token is lost.
 
-Permutations come from a hash of the seed, the token's place in the store and the layer, so they are the same in any
-grouping of shards and on any machine. A chunk is a run of neighbouring tokens, often of one document: the second null
-keeps what comes of the passage and removes what comes of the token.
+Permutations come from a hash of the seed, the token's position in the store and the layer, so they do not depend on the
+grouping of shards or on the machine. A chunk is a run of neighbouring tokens, often of one document: the second null
+keeps the effect of the passage and removes that of the token.
 
 Shapes: T tokens of a tile, L layers.
 """
@@ -29,14 +29,14 @@ Rows = NDArray[np.int64]
 
 
 def permute_layers(seed: int, token: NDArray[np.int64], n_layers: int, chunk_tokens: int) -> Rows:
-    """[T, L] which of the T * L vectors stands at a token and layer: one of the same token, by a random permutation."""
+    """[T, L] which of the T * L vectors to use at each token and layer: one of the same token, randomly permuted."""
     order = np.argsort(_keys(seed, 0, token, n_layers), axis=1)
     return order + n_layers * np.arange(len(token))[:, None]
 
 
 def permute_tokens(seed: int, token: NDArray[np.int64], n_layers: int, chunk_tokens: int) -> Rows:
-    """[T, L] which of the T * L vectors stands at a token and layer: one of the same layer, of another token of the
-    chunk, by a random cycle of the chunk's tokens at each layer. A token that is alone in its chunk keeps its own."""
+    """[T, L] which of the T * L vectors to use at each token and layer: one of the same layer but of another token
+    of the chunk, by a random cycle through the chunk's tokens per layer. A token alone in its chunk keeps its own."""
     keys = _keys(seed, 1, token, n_layers)
     source = np.empty(keys.shape, np.int64)
     chunk = token // chunk_tokens
@@ -51,7 +51,7 @@ NULLS: Mapping[str, Callable[[int, NDArray[np.int64], int, int], Rows]] = {
     "layers_permuted": permute_layers,
     "tokens_permuted": permute_tokens,
 }
-"""name -> rows(seed, token [T] ascending places in the store, n_layers, tokens of a chunk)."""
+"""name -> rows(seed, token [T] ascending positions in the store, n_layers, chunk_tokens)."""
 
 
 def _keys(seed: int, stream: int, token: NDArray[np.int64], n_layers: int) -> NDArray[np.uint64]:
@@ -62,27 +62,27 @@ def _keys(seed: int, stream: int, token: NDArray[np.int64], n_layers: int) -> ND
 
 
 def mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A step of SplitMix64: of each number one that looks random."""
+    """One step of SplitMix64: maps each number to one that looks random."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-def null_numbers(observed: Mapping[str, Any], persistence: Mapping[str, Any], null: LayerMoments) -> dict[str, Any]:
+def null_numbers(variance: Mapping[str, Any], persistence: Mapping[str, Any], null: LayerMoments) -> dict[str, Any]:
     """Numbers of one null, and observed / null: what `nulls` in summary.json holds under its name.
 
-    observed, persistence: the summary's own `variance` and `persistence`. The ratio's interval is the observed one
-    divided by the null's value, which is taken as it is: it is made of as many tokens.
+    variance, persistence: the summary's own `variance` and `persistence`. The ratio's interval is the observed one
+    divided by the null's value, which is taken as exact: it comes from equally many tokens.
     """
-    variance, found = variance_numbers(null.pooled()), persistence_summary(null)
+    null_variance, null_persistence = variance_numbers(null.pooled()), persistence_summary(null)
     return {
-        "variance": variance,
-        "persistence": found,
+        "variance": null_variance,
+        "persistence": null_persistence,
         "distributions": distributions(null),
         "ratio": {
-            "variance": {w: _ratios(observed[w], numbers) for w, numbers in variance.items()},
-            "persistence": {w: _ratios(persistence[w], numbers) for w, numbers in found.items()},
+            "variance": {w: _ratios(variance[w], numbers) for w, numbers in null_variance.items()},
+            "persistence": {w: _ratios(persistence[w], numbers) for w, numbers in null_persistence.items()},
         },
     }
 

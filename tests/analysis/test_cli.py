@@ -140,7 +140,7 @@ def test_a_checkpoint_of_a_trained_model_on_a_random_one_and_the_reverse(small, 
 def test_a_checkpoint_that_does_not_say_is_warned_of_on_a_random_model(small, tmp_path, capsys):
     other = make_small(tmp_path, n_tokens=200, provenance={"model": "test", "random_init": True})
     assert main([*options(other, tmp_path / "out", sae=small.sae), "--no-report"]) == 0
-    assert "not recorded" in capsys.readouterr().out
+    assert "does not record" in capsys.readouterr().out
     assert "random weights" in " ".join(json.loads((tmp_path / "out" / "summary.json").read_text())["warnings"])
     assert main([*options(other, tmp_path / "own"), "--no-report"]) == 0  # its own store: no doubt
     assert "random weights" not in " ".join(json.loads((tmp_path / "own" / "summary.json").read_text())["warnings"])
