@@ -1,15 +1,15 @@
-"""Whether a latent means the same at each layer: how far the tokens at which it is most active agree between layers.
+"""Whether a latent means the same at each layer: how well the tokens at which it is most active agree between layers.
 
-The top contexts of a latent at a layer are the n tokens at which it is most active there; they are defined where it
-fired at n tokens of the layer at least. Of two such layers of a latent
+The top contexts of a latent at a layer are the n tokens at which it is most active there, if it fired at n or more
+tokens at that layer. For two such layers of a latent
 
-    overlap   share of one layer's top contexts that are the other's too
+    overlap   share of one layer's top contexts that are also the other's
     chance    n / tokens at which the latent fired at any layer: the mean overlap if, at each layer, the latent's
-              activations were put at random on the tokens at which it fires at all
+              activations fell at random on the tokens at which it fires at all
 
-so overlap / chance says how many times better the layers agree than a latent would that fires at the same tokens and
-ranks them at random at each layer. At which tokens a latent fires is kept, because a latent that fires rarely agrees
-with itself for that reason alone. All pairs of layers count, also grouped by their distance.
+so overlap / chance says how many times better the layers agree than those of a latent that fires at the same tokens
+but ranks them at random at each layer. Chance keeps the tokens at which the latent fires, because a latent that fires
+rarely agrees with itself for that reason alone. All pairs of layers count, and are also grouped by distance.
 
 Shapes: M n_latents, L layers, n contexts.
 """
@@ -25,31 +25,32 @@ N_CONTEXTS = 5
 """Top contexts of a latent at a layer."""
 
 MAX_CONTEXTS = 2**23
-"""With so many latents and layers that there would be more, fewer are kept of each, at least two."""
+"""Most contexts in all: with many latents and layers, fewer than `N_CONTEXTS` are kept, but at least two."""
 
 
 class ContextAgreement(NamedTuple):
     """Agreement of top contexts between layers."""
 
     overlap: NDArray[np.float64]
-    """[M] mean over the pairs of layers; NaN with fewer than two layers that have n contexts."""
+    """[M] mean over pairs of layers; NaN if fewer than two layers have n contexts."""
     chance: NDArray[np.float64]
-    """[M] the same by chance, where there is an overlap."""
+    """[M] the same by chance; NaN if there is no overlap."""
     by_distance: NDArray[np.float64]
-    """[L - 1] mean over all pairs of layers of all latents that are 1 .. L - 1 analysed layers apart; NaN without."""
+    """[L - 1] mean over all latents' pairs of layers that are 1 .. L - 1 analysed layers apart; NaN without any."""
     chance_by_distance: NDArray[np.float64]
-    """[L - 1] of the same pairs."""
+    """[L - 1] the same by chance."""
     n: int
     """Contexts of a latent at a layer."""
 
 
 def contexts_per_layer(n_latents: int, n_layers: int) -> int:
-    """How many are kept of each latent at each layer."""
+    """How many contexts of each latent are kept at each layer."""
     return max(2, min(N_CONTEXTS, MAX_CONTEXTS // (n_latents * n_layers)))
 
 
 def context_agreement(token: NDArray[np.int64], n_tokens: NDArray[np.int64]) -> ContextAgreement:
-    """From the top contexts token [M, L, n] (-1: fewer) and the tokens at which a latent fired at any layer [M]."""
+    """From the top contexts `token` [M, L, n] (-1 for an empty place) and the number of tokens at which each latent
+    fired at any layer, `n_tokens` [M]."""
     n_latents, n_layers, n = token.shape
     shared, pairs = np.zeros((2, n_latents, n_layers), np.int64)  # tokens, pairs of layers by distance; column 0: 0
     has = np.all(token >= 0, axis=2)
@@ -71,7 +72,7 @@ def context_agreement(token: NDArray[np.int64], n_tokens: NDArray[np.int64]) -> 
 
 
 def agreement_summary(found: ContextAgreement) -> dict[str, Any]:
-    """Means over the latents that have an overlap, each counting once; None for what is not defined."""
+    """Means over the latents that have an overlap, weighted equally; None for a number that is not defined."""
     some = ~np.isnan(found.overlap)
     overlap, chance = (float(of[some].mean()) if some.any() else None for of in (found.overlap, found.chance))
     return {

@@ -1,12 +1,12 @@
 """The maximally activating examples of every latent at every layer, with their context.
 
-How: one pass over the sparse codes keeps, per latent and layer, the n most active tokens, of different documents as far
-as there are so many; what is kept does not depend on how tokens are grouped, so parts merge in any way. A second pass
-reads the codes of the windows' tokens, for the latent's activation at each of them. In examples.parquet text comes
-whole, with no character cut, each token's made once; without a tokenizer token ids stand in its place.
+How: one pass over the sparse codes keeps the n most active tokens of each latent and layer, from different documents if
+there are enough. What is kept does not depend on how tokens are grouped, so parts can be merged in any way. A second
+pass reads the codes of the windows' tokens, for the latent's activation at each of them. In examples.parquet no
+character is cut, and each token's text is made only once; without a tokenizer, token ids are written instead.
 
-Memory: 12 bytes for each of M * L * n examples while they are sought, and about 4 W more for each that was found;
-bounded by the number of examples, not of tokens.
+Memory: 12 bytes for each of M * L * n examples during the search, and about 4 W more for each that was found; bounded
+by the number of examples, not of tokens.
 
 Shapes: T tokens, L layers, k active latents a vector, M n_latents, n examples per latent and layer, R examples found, W
 tokens of a window.
@@ -34,22 +34,22 @@ PER_LAYER = 3
 """Examples of each latent at each layer."""
 
 MAX_EXAMPLES = 2**20
-"""With so many latents and layers that there would be more, fewer are kept of each, at least one."""
+"""Most examples in all: with many latents and layers, fewer than `PER_LAYER` are kept, but at least one."""
 
 REACH = 12
 """Tokens before and after an example in its window."""
 
 CodesOf = Callable[[NDArray[np.bool_]], Iterable[CodeTile]]
-"""codes(needed [tokens of the store]) -> their codes, in order."""
+"""codes(needed, bool [tokens of the store]) -> the codes of these tokens, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopExamples:
-    """The most active tokens of each latent at each layer, in no order; each array [M, L, n]."""
+    """The most active tokens of each latent at each layer, unsorted; each array [M, L, n]."""
 
     activation: NDArray[np.float32]
     token: NDArray[np.int64]
-    """Place in the store, -1 where there is none."""
+    """Position in the store; -1 for an empty place."""
     document: NDArray[np.int32]
 
     @classmethod
@@ -58,13 +58,13 @@ class TopExamples:
         return cls(activation=none.astype(np.float32), token=none.astype(np.int64) - 1, document=none)
 
     def add(self, codes: CodeTile, document: NDArray[np.integer]) -> None:
-        """Offer tokens, in place; document: [T] theirs. A token must be offered once."""
+        """Take more tokens into account, in place; each token only once. document: [T], their documents."""
         values, indices = np.ascontiguousarray(codes.values), np.ascontiguousarray(codes.indices)
         best = (self.activation, self.token, self.document)
         _insert(values, indices, codes.token, document.astype(np.int64), *best)
 
     def found(self) -> "Examples":
-        """What is there, sorted by latent, layer and rank: by activation, then by token."""
+        """The examples, sorted by latent, layer and rank (by activation, then by token)."""
         latent, layer, place = np.nonzero(self.token >= 0)
         activation, token = self.activation[latent, layer, place], self.token[latent, layer, place]
         order = np.lexsort((token, -activation, layer, latent))
@@ -83,32 +83,32 @@ class Examples(NamedTuple):
     layer: NDArray[np.int64]
     """Index into the analysed layers."""
     rank: NDArray[np.int64]
-    """0 is the most active of its latent and layer."""
+    """0 for the most active of its latent and layer."""
     activation: NDArray[np.float32]
     token: NDArray[np.int64]
-    """Place in the store."""
+    """Position in the store."""
     document: NDArray[np.int64]
 
 
 class Windows(NamedTuple):
-    """What is around each example, R of them."""
+    """The tokens around each of R examples."""
 
     start: NDArray[np.int64]  # [R]
     stop: NDArray[np.int64]  # [R] one past the last token
-    activations: NDArray[np.float32]  # [R, W] of its latent and layer; NaN beyond and where a token was not analysed
+    activations: NDArray[np.float32]  # [R, W] of its latent and layer; NaN outside and for tokens not analysed
 
     def rows(self, some: slice) -> "Windows":
-        """Those of some examples."""
+        """The windows of some examples."""
         return Windows(self.start[some], self.stop[some], self.activations[some])
 
 
 def examples_per_layer(n_latents: int, n_layers: int) -> int:
-    """How many are kept of each latent at each layer."""
+    """How many examples of each latent are kept at each layer."""
     return max(1, min(PER_LAYER, MAX_EXAMPLES // (n_latents * n_layers)))
 
 
 def window_bounds(tokens: TokenTable, token: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The window [first, stop) of each of `token` [R]: `REACH` tokens either way, of its document and sequence."""
+    """The window [start, stop) of each of `token` [R]: `REACH` tokens on both sides, in its document and sequence."""
     starts, _ = sequence_bounds(tokens.position)
     starts = np.union1d(starts, np.flatnonzero(np.diff(tokens.document)) + 1)
     run = np.searchsorted(starts, token, side="right") - 1
@@ -129,7 +129,7 @@ def windows_of(found: Examples, tokens: TokenTable, codes: CodesOf, analysed: ND
         first, last = int(tile.token[0]), int(tile.token[-1])
         row_of_token = np.full(last + 1 - first, -1, np.int64)
         row_of_token[tile.token - first] = np.arange(len(tile.token))
-        # Sorted by token, windows begin and end in order too.
+        # Because tokens are sorted, so are the windows' starts and ends.
         rows = slice(np.searchsorted(high, first, side="right"), np.searchsorted(low, last, side="right"))
         values, indices = np.ascontiguousarray(tile.values), np.ascontiguousarray(tile.indices)
         examples = (latent[rows], layer[rows], low[rows], high[rows], out[rows])
@@ -141,13 +141,13 @@ def windows_of(found: Examples, tokens: TokenTable, codes: CodesOf, analysed: ND
 
 @compiled()
 def _insert(values, indices, token, document, best, best_token, best_document):
-    """Offer the positive activations of T tokens to the examples of their (latent, layer).
+    """Take the positive activations of T tokens into the examples of their (latent, layer).
 
     values float32 or float64 [T, L, k]; indices int64 [T, L, k]; token, document int64 [T]. Changed in place: best
     float32, best_token int64 (-1: none), best_document int32, each [M, L, n].
     """
     n_tokens, n_layers, k = values.shape
-    floor = np.empty(best.shape[:2], np.float32)  # most activations are below it, and cost no more than this look
+    floor = np.empty(best.shape[:2], np.float32)  # most activations are below it, and need only this comparison
     for j in range(len(best)):
         for layer in range(n_layers):
             floor[j, layer] = _floor(best[j, layer], best_token[j, layer], best_document[j, layer])
@@ -163,7 +163,7 @@ def _insert(values, indices, token, document, best, best_token, best_document):
 
 @compiled()
 def _floor(best, best_token, best_document):
-    """A value below which no new one is kept: the least kept, once there are n of different documents."""
+    """Values below this are not kept: the smallest one kept, once there are n from different documents."""
     n = len(best)
     least = best[0]
     for i in range(n):
@@ -178,7 +178,8 @@ def _floor(best, best_token, best_document):
 
 @compiled()
 def _offer(best, best_token, best_document, value, token, document):
-    """Keep the first n of those kept [n] and a new one: the best of its document, then more active, then earlier."""
+    """Keep n of the n kept and a new one, in this order: the best of each document first, then the more active, then
+    the earlier ones."""
     n = len(best)
     for i in range(n):
         if best_token[i] < 0:
@@ -208,10 +209,10 @@ def _offer(best, best_token, best_document, value, token, document):
 
 @compiled()
 def _fill_windows(values, indices, first, row_of_token, latent, layer, start, stop, out):
-    """Note the activations of examples' latents at the tokens of their windows, as far as a tile holds them.
+    """Write the activations of the examples' latents at those tokens of their windows that are in this tile.
 
     values [T, L, k], indices int64 [T, L, k]; row_of_token int64: row of token first + i, or -1. latent, layer (an
-    index into L), start, stop: int64 [R]. Written in place: out float32 [R, W], of token start + i at column i.
+    index into L), start, stop: int64 [R]. Written in place: out float32 [R, W], token start + i in column i.
     """
     k = values.shape[2]
     end = first + len(row_of_token)
@@ -221,14 +222,14 @@ def _fill_windows(values, indices, first, row_of_token, latent, layer, start, st
             if row >= 0:
                 found = np.float32(0)
                 for i in range(k):
-                    # Places that hold nothing have index 0.
+                    # Empty places have index 0.
                     if indices[row, layer[r], i] == latent[r] and values[row, layer[r], i] > 0:
                         found = np.float32(values[row, layer[r], i])
                 out[r, token - start[r]] = found
 
 
 _ROWS_AT_ONCE = 2**16
-"""Rows made and written together."""
+"""Rows written at once."""
 
 COLUMNS = pa.schema(
     [
@@ -241,24 +242,24 @@ COLUMNS = pa.schema(
         ("activations", pa.list_(pa.float32())),
     ]
 )
-"""Sorted by latent, layer and rank; layer as the model counts, rank 0 the most active, token its place in the store.
-texts and activations: of each token of the window, `marked` being the example's place among them; an activation is null
-where the token was not analysed."""
+"""Sorted by latent, layer and rank. layer: the model's block index; rank 0: the most active; token: its position in the
+store. texts, activations: of each token of the window, in which the example is at index `marked`; an activation is null
+if the token was not analysed."""
 
 
 class Contexts(NamedTuple):
-    """Text of some tokens and of what is around them."""
+    """The texts of some tokens and around them."""
 
     place: NDArray[np.int64]
-    """Theirs in the store, ascending."""
+    """The tokens' positions in the store, ascending."""
     before: pa.StringArray
-    """Text of a token's window before it."""
+    """Text of the window before the token."""
     token: pa.StringArray
-    """Its text; of a token that only continues a character, that whole character."""
+    """Its text; if it only continues a character, that whole character."""
     after: pa.StringArray
-    """Text of the window after it."""
+    """Text of the window after the token."""
     texts: pa.StringArray
-    """Text of each token of the store in a window, others null; empty for one that only continues a character."""
+    """For each token of the store, its text if it is in a window, else null; empty if it only continues a character."""
 
 
 def write_found(
@@ -269,9 +270,8 @@ def write_found(
     kind: str,
     layer_numbers: Sequence[int],
 ) -> int:
-    """Write examples.parquet of examples that were found; the number of rows. contexts: of their tokens, and perhaps of
-    others; kind: "tokens", or "ids" where these are no text. layer_numbers: [L] the model's block indices of the codes'
-    layers."""
+    """Write examples.parquet; returns its number of rows. contexts: for all tokens of `found`. kind: "tokens", or "ids"
+    if there are ids in place of texts. layer_numbers: [L] the model's block indices of the codes' layers."""
     start, stop, activations = windows
     place, numbers = np.searchsorted(contexts.place, found.token), np.asarray(layer_numbers, np.int64)
     with pq.ParquetWriter(path, COLUMNS.with_metadata({"texts": kind}), **CHECKED) as writer:
@@ -301,7 +301,7 @@ def write_found(
 
 
 def contexts_of(tokens: TokenTable, tokenizer: Tokenizer | None, token: NDArray[np.int64]) -> Contexts:
-    """The contexts of `token` [R], ascending places in the store; a document at a time."""
+    """The contexts of `token` [R], ascending positions in the store; computed a document at a time."""
     all_texts, rows = np.full(len(tokens.token_id), None, object), []
     start, stop = window_bounds(tokens, token)
     documents = np.append(np.flatnonzero(np.diff(tokens.document, prepend=-1)), len(tokens.document))
@@ -320,7 +320,7 @@ def contexts_of(tokens: TokenTable, tokenizer: Tokenizer | None, token: NDArray[
             if owner < t and texts[owner]:
                 shown = texts[owner][-1]
                 before += texts[owner][:-1] if owner >= low else ""
-            elif tokenizer and not shown:  # the space that a text is opened with
+            elif tokenizer and not shown:  # the space that the tokenizer puts in front of a text
                 shown = tokenizer.text([ids[t]])[0]
             rows.append((before, shown, "".join(texts[t + 1 : high])))
     before, shown, after = (pa.array([row[i] for row in rows], pa.string()) for i in range(3))

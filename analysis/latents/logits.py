@@ -1,24 +1,24 @@
-"""What a latent does to the output by the direct path: the tokens that its decoder row promotes and suppresses most,
-and the token that it is nearest to.
+"""A latent's direct effect on the output: the tokens that its decoder row promotes and suppresses most, and the token
+that it is closest to.
 
-    r_v = gain * (U_v - mean of U over the vocabulary)      what token v's logit reads of the residual stream
+    r_v = gain * (U_v - mean of U over the vocabulary)      the direction that token v's logit reads
     logits_j[v] = r_v . d_j                                 (a constant over v changes no probability)
     unembedding_cosine_j = max over v of cos(d_j, r_v)
 
-with d_j the latent's row of W_dec and U the unembedding. Where the final norm is a plain RMSNorm or LayerNorm its gain
-is folded in (and for LayerNorm r_v is centred over d_model, as the norm centres what it reads); its division by the
-vector's scale, its bias, what later blocks make of the direction, and a soft cap on the logits are left out. So the
-order of tokens means something, and the size only within one latent. In a store that went through a tuned lens d_j is
-in the last layer's basis, which is what the lens is for; without one this is the logit lens, and says little of early
-layers.
+with d_j the latent's row of W_dec and U the unembedding. If the final norm is a plain RMSNorm or LayerNorm, its gain is
+folded in (and for LayerNorm r_v is centred over d_model, as the norm centres its input). Left out are the norm's
+division by the vector's scale, its bias, the effect of later blocks, and a soft cap on the logits: so the order of
+tokens is meaningful, but sizes can only be compared within one latent. If the store was harvested through a tuned lens,
+d_j is in the last layer's basis, which is the purpose of the lens; otherwise this is the logit lens, which says little
+about early layers.
 
-Beside it the token whose embedding the row is nearest to, which says whether the dictionary holds tokens themselves:
+Also the token whose embedding is closest to the row, to see whether the dictionary has latents for tokens themselves:
 
     embedding_cosine_j = max over tokens v of cos(d_j, E_v - mean of E over the vocabulary)
 
-with E the input embedding, centred because its rows share a large mean that says nothing of a token; through a lens as
-E_v - mean is by the linear part, I + W_0, of translator 0, which was trained on the input of block 0. The highest of
-many cosines is far from 0 even for a direction that knows nothing: `chance` is its median over random directions.
+with E the input embedding, centred because its rows share a large mean that has nothing to do with the token. With a
+lens, E_v - mean is first mapped by the linear part, I + W_0, of translator 0, which was trained on the input of
+block 0. The highest of many cosines is far from 0 even for a random direction: `chance` is its median over those.
 
 How: a tile of latents at a time, so that memory does not grow with n_latents x vocabulary.
 
@@ -47,7 +47,7 @@ N_TOKENS = 10
 """Tokens shown at each end."""
 
 TILE_BYTES = 64 * 2**20
-"""float32 logits or cosines held at once."""
+"""Bytes of the float32 logits or cosines held at once."""
 
 _NORM_ERROR = 1e-3
 
@@ -60,18 +60,18 @@ class LatentLogits(NamedTuple):
     suppressed: NDArray[np.int64]
     suppressed_logits: NDArray[np.float32]
     cosine: NDArray[np.float32]
-    """[J] the highest cosine to what a token's logit reads."""
+    """[J] the highest cosine with the direction that a token's logit reads."""
     nearest: NDArray[np.int64]
     """[J] that token's id."""
     norm_folded: bool
-    """Whether the final norm's gain is in it."""
+    """Whether the final norm's gain is folded in."""
 
 
 def norm_gain(norm: nn.Module, d_model: int) -> tuple[Tensor, bool] | None:
-    """The gain [D] of an RMSNorm or LayerNorm, however it keeps its weight, and whether it is a LayerNorm, which takes
-    out the mean over d_model first; None where it is neither.
+    """The gain [D] of an RMSNorm or LayerNorm, in whatever form it stores its weight, and whether it is a LayerNorm,
+    which subtracts the mean over d_model first; None if it is neither.
 
-    A vector of mean 0 and mean square 1 comes out as gain * itself + bias; held against the norm of another vector.
+    How: the norm maps a vector with mean 0 and mean square 1 to gain * vector + bias; checked on other vectors.
     """
     norm = copy.deepcopy(norm).float().cpu()
     sign = torch.ones(d_model)
@@ -93,7 +93,7 @@ def norm_gain(norm: nn.Module, d_model: int) -> tuple[Tensor, bool] | None:
 
 
 def token_rows(model: LoadedModel, module: nn.Module, name: str) -> Tensor:
-    """The rows of an embedding or unembedding that are `model.token_ids`, float32 [V, D], less their mean."""
+    """The rows of an embedding or unembedding for `model.token_ids`, float32 [V, D], minus their mean."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != model.d_model:
         wanted = f"a weight of {model.d_model} columns"
@@ -104,9 +104,9 @@ def token_rows(model: LoadedModel, module: nn.Module, name: str) -> Tensor:
 
 @torch.inference_mode()
 def latent_logits(directions: Tensor, model: LoadedModel, n: int = N_TOKENS) -> LatentLogits:
-    """Of each of `directions` [J, D], rows of W_dec: the n most promoted and most suppressed tokens, and the nearest.
+    """For each of `directions` [J, D] (rows of W_dec), the n most promoted and most suppressed tokens, and the closest.
     Raises `IncompatibleError` if the model has no unembedding with a weight [V, D]."""
-    reading = token_rows(model, model.unembedding, "unembedding")  # r_v of each token of the tokenizer, [V, D]
+    reading = token_rows(model, model.unembedding, "unembedding")  # [V, D] r_v for each of the tokenizer's tokens
     if (fold := norm_gain(model.final_norm, model.d_model)) is not None:
         gain, centred = fold
         reading *= gain.to(reading.device)
@@ -130,7 +130,7 @@ def latent_logits(directions: Tensor, model: LoadedModel, n: int = N_TOKENS) -> 
 
 
 N_RANDOM = 256
-"""Random directions that the chance level is the median of."""
+"""Random directions for the chance level."""
 
 COLUMNS = pa.schema(
     [
@@ -145,29 +145,29 @@ COLUMNS = pa.schema(
         ("embedding_cosine", pa.float32()),
     ]
 )
-"""One row for each live latent; tokens as text, the most extreme first."""
+"""latent_logits.parquet: one row for each live latent; tokens as text, the most extreme first."""
 
 
 class Nearest(NamedTuple):
-    """The row or token that each direction is nearest to, and the cosine, each [J]."""
+    """The row or token closest to each direction, and the cosine, each [J]."""
 
     cosine: NDArray[np.float32]
     token: NDArray[np.int64]
 
 
 class LatentTokens(NamedTuple):
-    """Of each live latent."""
+    """The tokens of each live latent."""
 
     latents: NDArray[np.int64]
     """[J] ascending."""
     logits: LatentLogits
     embedding: Nearest
     chance_unembedding: float
-    """Median over random directions of the highest cosine to what a token's logit reads."""
+    """Median over random directions of the highest cosine with the direction that a token's logit reads."""
     chance_embedding: float
-    """The same to a token's embedding."""
+    """The same for tokens' embeddings."""
     chance_99: float
-    """What one random direction in a hundred exceeds, to what a token's logit reads."""
+    """The 99 % quantile in place of the median of `chance_unembedding`."""
 
     def summary(self) -> dict[str, Any]:
         """The medians over live latents, for summary.json."""
@@ -185,7 +185,8 @@ class LatentTokens(NamedTuple):
 def find_latent_tokens(
     sae: MLSAE, latents: NDArray[np.int64], model: LoadedModel, lens: TunedLens | None, seed: int
 ) -> LatentTokens:
-    """Of `latents` [J], one at least. `IncompatibleError` if the model's embedding or unembedding is not found."""
+    """The tokens of `latents` [J], which must not be empty. `IncompatibleError` if the model's embedding or unembedding
+    is not found."""
     directions = sae.W_dec.detach()[latents]
     random = torch.randn(N_RANDOM, model.d_model, generator=torch.Generator().manual_seed(seed))
     embedding, by_chance = embedding_rows(model, lens), latent_logits(random, model).cosine
@@ -201,15 +202,15 @@ def find_latent_tokens(
 
 
 def embedding_rows(model: LoadedModel, lens: TunedLens | None) -> Tensor:
-    """The centred embedding of each of `model.token_ids`, float32 [V, D], through the lens where there is one. Raises
-    `IncompatibleError` if the model has no embedding with a weight [V, D]."""
+    """The centred embedding of each of `model.token_ids`, float32 [V, D], mapped through the lens if there is one.
+    Raises `IncompatibleError` if the model has no embedding with a weight [V, D]."""
     rows = token_rows(model, model.base.get_input_embeddings(), "embedding")
     return rows if lens is None else rows + rows @ lens.weights[0].to(rows.device).T
 
 
 @torch.inference_mode()
 def nearest_rows(directions: Tensor, rows: Tensor) -> Nearest:
-    """The row of `rows` [V, D] of the highest cosine to each of `directions` [J, D]; of a row of zeros it is 0."""
+    """The row of `rows` [V, D] with the highest cosine to each of `directions` [J, D]; that of a row of zeros is 0."""
     rows = normalize(rows, dim=1)
     step = max(1, TILE_BYTES // (4 * len(rows)))
     parts = [(normalize(part.to(rows), dim=1) @ rows.T).max(dim=1) for part in directions.split(step)]
@@ -217,7 +218,7 @@ def nearest_rows(directions: Tensor, rows: Tensor) -> Nearest:
 
 
 def write_latent_tokens(path: Path, found: LatentTokens, tokenizer: Tokenizer) -> None:
-    """Write latent_logits.parquet; whether the norm was folded is in the file's metadata."""
+    """Write latent_logits.parquet, with whether the norm was folded in its metadata."""
     logits = found.logits
 
     def lists(ids: NDArray[np.int64]) -> list[list[str]]:

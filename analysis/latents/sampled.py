@@ -1,10 +1,10 @@
-"""A random sample of the tokens at which each latent is active: what it means when it is not at its strongest.
+"""A random sample of the tokens at which each latent is active, to see what it means when it is not at its strongest.
 
-The most active examples make a latent look more specific than it is; these are drawn alike from all tokens where it is
-active at some layer, each shown at the layer where it is most active there.
+The most active examples make a latent look more specific than it is. These are drawn uniformly from all tokens at which
+it is active at some layer, and shown at the layer where it is most active.
 
-How: each token has a random number for each latent, the same in every run; kept are the tokens with the smallest, so
-that what is kept does not depend on how tokens are grouped.
+How: each token has a random number for each latent, the same in every run, and the tokens with the smallest are kept;
+so the sample does not depend on how tokens are grouped.
 
 Shapes: T tokens, L layers, k active latents a vector, M n_latents, n sampled tokens of a latent.
 """
@@ -20,7 +20,7 @@ from analysis.loops import compiled
 from analysis.tiles import CodeTile
 
 PER_LATENT = 8
-"""Sampled tokens of a latent; fewer where there would be more than `MAX_EXAMPLES` of all latents."""
+"""Sampled tokens of each latent; fewer if that would give more than `MAX_EXAMPLES` in all."""
 
 _NONE = np.iinfo(np.uint64).max
 _mixed = compiled()(mixed)
@@ -28,13 +28,13 @@ _mixed = compiled()(mixed)
 
 @dataclass(frozen=True, kw_only=True)
 class SampledTokens:
-    """Sampled tokens of each latent, in no order; each array [M, n]."""
+    """Sampled tokens of each latent, unsorted; each array [M, n]."""
 
     key: NDArray[np.uint64]
     activation: NDArray[np.float32]
     layer: NDArray[np.int64]
     token: NDArray[np.int64]
-    """Place in the store, -1 where there is none."""
+    """Position in the store; -1 for an empty place."""
 
     @classmethod
     def zeros(cls, n_latents: int) -> "SampledTokens":
@@ -43,24 +43,24 @@ class SampledTokens:
         return cls(key=key, activation=activation, layer=none, token=none - 1)
 
     def add(self, codes: CodeTile) -> None:
-        """Offer tokens, in place. A token must be offered once."""
+        """Take more tokens into account, in place; each token only once."""
         values, indices = np.ascontiguousarray(codes.values), np.ascontiguousarray(codes.indices)
         keys = mixed(codes.token.astype(np.uint64))
         _draw(values, indices, codes.token, keys, self.key, self.activation, self.layer, self.token)
 
     def found(self, document: NDArray[np.integer]) -> Examples:
-        """What is there, sorted by latent and rank: by activation, then by token. document: [T] of the store's."""
+        """The sample, sorted by latent and rank (by activation, then by token). document: [tokens of the store]."""
         latent, place = np.nonzero(self.token >= 0)
         activation, token, layer = self.activation[latent, place], self.token[latent, place], self.layer[latent, place]
         order = np.lexsort((token, -activation, latent))
-        rank = np.arange(len(order)) - np.searchsorted(latent, latent)  # latents ascend, in either order
+        rank = np.arange(len(order)) - np.searchsorted(latent, latent)  # latents ascend before and after sorting
         token = token[order]
         return Examples(latent, layer[order], rank, activation[order], token, document[token].astype(np.int64))
 
 
 @compiled()
 def _draw(values, indices, token, keys, best, activation, layer, kept):
-    """Offer the positive activations of T tokens, each with a random number of `keys` uint64 [T], to their latents.
+    """Take the positive activations of T tokens, with random numbers `keys` uint64 [T], into their latents' samples.
 
     values float32 or float64 [T, L, k]; indices int64 [T, L, k]; token int64 [T]. Changed in place, each [M, n]: best
     uint64 (their keys), activation float32, layer int64, kept int64 (-1: none).
@@ -72,7 +72,7 @@ def _draw(values, indices, token, keys, best, activation, layer, kept):
                 value, j = np.float32(values[t, at, i]), indices[t, at, i]
                 if value <= 0:
                     continue
-                place = -1  # of the token, else of the largest key
+                place = -1  # where the token is already kept, otherwise that of the largest key
                 for o in range(best.shape[1]):
                     if kept[j, o] == token[t]:
                         place = o

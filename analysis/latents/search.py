@@ -1,8 +1,8 @@
-"""Search for latents by the text that they fire on, ranked by how specific a latent is to it.
+"""Search for latents by the text that they fire on, ranked by how specific they are to it.
 
-A query is one or more terms between commas: words, parts of words or phrases. The score of a latent is the share of its
-contexts (`analysis.latents.windows`) that are about the query, weighted by activation, as if it had `DOUBT` more that
-are not: one context out of one says less than 20 out of 22. Exactly: docs/method.md. report.html ranks by the same rule
+A query is one or more terms separated by commas: words, parts of words or phrases. A latent's score is the share of its
+contexts (`analysis.latents.windows`) that match the query, weighted by activation, as if it had `DOUBT` more that do
+not: 1 of 1 contexts is weaker evidence than 20 of 22. Definition: docs/method.md. report.html ranks by the same rule
 (analysis/report/assets/search.js): change both.
 """
 
@@ -14,18 +14,18 @@ from typing import NamedTuple
 from analysis.latents.windows import Context
 
 DOUBT = 2
-SHOWN = {"\n": "\N{RETURN SYMBOL}", "\t": "\N{RIGHTWARDS ARROW}", "\r": " "}  # in place of what cannot be seen
+SHOWN = {"\n": "\N{RETURN SYMBOL}", "\t": "\N{RIGHTWARDS ARROW}", "\r": " "}  # visible signs for invisible characters
 _TABLE = str.maketrans(SHOWN)
 
 
 class Hit(NamedTuple):
-    """A latent that a query finds."""
+    """A latent found by a query."""
 
     latent: int
     score: float  # 0 to 1
-    times: float  # the mean score of all latents
-    hits: int  # contexts that count
-    contexts: int  # of so many
+    times: float  # score / mean score of all latents
+    hits: int  # contexts that match
+    contexts: int  # contexts in all
 
     @property
     def why(self) -> str:
@@ -34,7 +34,7 @@ class Hit(NamedTuple):
 
 
 def search(contexts: Mapping[int, Sequence[Context]], query: str, limit: int | None = None) -> list[Hit]:
-    """Latents whose contexts the query finds, the most specific first. contexts: by latent, of `read_contexts`."""
+    """Latents with contexts that match the query, most specific first. contexts: by latent, from `read_contexts`."""
     wanted, found, total = terms(query), [], 0.0
     for latent, own in contexts.items():
         top = max((context.activation for context in own), default=0.0)
@@ -49,13 +49,13 @@ def search(contexts: Mapping[int, Sequence[Context]], query: str, limit: int | N
 
 
 def terms(query: str) -> list[str]:
-    """The terms of a query, as text is searched. A line end may be written as \\n."""
+    """The terms of a query, folded like the text to search. A line end may be written as \\n."""
     parts = folded(query.replace("\\n", "\n")).split(",")
     return [term for part in parts if (term := " ".join(part.split()))]
 
 
 def folded(text: str) -> str:
-    """Text in lower case, with the characters of `SHOWN`; every character stays one."""
+    """Text in lower case, with the replacements of `SHOWN`; its length does not change."""
     if text.isascii():
         return text.lower().translate(_TABLE)
     small = (SHOWN.get(sign) or sign.lower() for sign in text)

@@ -1,17 +1,17 @@
-"""Statistics of each latent, all of its layers together: the columns of latents.parquet that are made from the sums.
+"""Statistics of each latent over all layers: the columns of latents.parquet that are computed from the sums.
 
-They are those that the reference publishes as its `-dists` data sets, the latent's own two parts of variance,
-persistence, and its kind, by its profile P(layer | latent):
+They are those that the reference publishes as its `-dists` data sets, the latent's own two parts of the variance,
+persistence, and its kind, which depends on its profile P(layer | latent):
 
-    persistent   2^entropy, the number of layers that an even profile of this entropy has, is at least two thirds of all
-    bimodal      two groups of layers with a valley between them: some layer holds at most half of the highest share
-                 before it and of the highest after it, at least a quarter of the mass lies on either side of it, and
-                 the mean layers of the two sides are at least a quarter of all layers apart
+    persistent   2^entropy, the number of layers in a uniform profile with this entropy, is at least two thirds of all
+    bimodal      two groups of layers with a valley between them: a layer with at most half of the highest share before
+                 it and of the highest after it, at least a quarter of the mass on either side of it, and mean layers
+                 of the two sides that are at least a quarter of all layers apart
     early, middle, late
                  the mean layer lies in the first, second or last third of the depth
 
-The first rule that holds decides; a latent that never fired has no kind. Depth is the position among the analysed
-layers, 0 at the first and 1 at the last. Shares of activation mass decide, not counts.
+The first rule that applies decides; a latent that never fired has no kind. Depth is the position among the analysed
+layers, 0 at the first and 1 at the last. Profiles are shares of activation mass, not of counts.
 
 Shapes: M n_latents, L layers.
 """
@@ -29,25 +29,25 @@ from analysis.quality import ratio_or_zero
 KINDS = ("early", "middle", "late", "persistent", "bimodal")
 
 PERSISTENT_SHARE = 2 / 3
-"""Of all layers, as 2^entropy."""
+"""Minimum of 2^entropy, as a share of all layers."""
 
 VALLEY = 0.5
-"""Highest share of the lower peak that a valley may hold."""
+"""Maximum in a valley, as a share of the lower peak."""
 
 SIDE_MASS = 0.25
-"""Least mass on either side of the valley."""
+"""Minimum mass on either side of the valley."""
 
 SIDE_DISTANCE = 0.25
-"""Least distance of the two sides' mean layers, as a share of all layers."""
+"""Minimum distance between the two sides' mean layers, as a share of all layers."""
 
 
 class LatentTable(NamedTuple):
-    """Per-latent statistics, all layers of a latent together; NaN where a latent never fired."""
+    """Statistics of each latent over all layers; NaN if it never fired."""
 
     n_fired: NDArray[np.int64]
     """[M] (token, layer) pairs at which it fired."""
     n_tokens: NDArray[np.int64]
-    """[M] tokens at which it fired at one layer at least."""
+    """[M] tokens at which it fired at one or more layers."""
     total: NDArray[np.float64]
     """[M] summed activation."""
     mean: NDArray[np.float64]
@@ -61,7 +61,7 @@ class LatentTable(NamedTuple):
     between_tokens: NDArray[np.float64]
     """[M] variance by mass of the tokens' mean layers."""
     entropy: NDArray[np.float64]
-    """[M] of P(layer | latent), in bits."""
+    """[M] entropy of P(layer | latent), in bits."""
     n_layers_active: NDArray[np.int64]
     """[M] layers at which it fired."""
     means: NDArray[np.float64]
@@ -69,16 +69,16 @@ class LatentTable(NamedTuple):
     probs: NDArray[np.float64]
     """[M, L] P(layer | latent) = totals / total; 0 for a latent that never fired."""
     persistence: LatentPersistence
-    """When it switches on and off, in the mean over its tokens."""
+    """When it switches on and off, averaged over its tokens."""
 
     @property
     def kinds(self) -> Sequence[str | None]:
-        """[M] of `KINDS`."""
+        """[M] each latent's kind, one of `KINDS` or None."""
         return profile_kinds(self.probs, self.entropy)
 
 
 def latent_table(moments: LayerMoments) -> LatentTable:
-    """From the sums over all tokens."""
+    """The table from the sums over all tokens."""
     sums = moments.pooled()
     total = moments.totals.sum(axis=1)
     live = total > 0
@@ -87,7 +87,7 @@ def latent_table(moments: LayerMoments) -> LatentTable:
     layer_mean = probs @ layers
     layer_var = (probs * (layers - layer_mean[:, None]) ** 2).sum(axis=1)
     count = moments.counts.sum(axis=1)
-    # As `analysis.moments.variances` has it, for each latent by itself.
+    # As in `analysis.moments.variances`, for each latent by itself.
     between = np.maximum(sums[3] - ratio_or_zero(sums[1] ** 2, sums[0], live), 0.0)
     log_probs = np.log2(probs, out=np.zeros_like(probs), where=probs > 0)
     dead = np.where(live, 0.0, np.nan)
@@ -109,7 +109,7 @@ def latent_table(moments: LayerMoments) -> LatentTable:
 
 
 def profile_kinds(probs: NDArray[np.float64], entropy: NDArray[np.float64]) -> Sequence[str | None]:
-    """Kind of each latent, from its profile [M, L] (rows sum to 1, or to 0: no kind) and its entropy in bits [M]."""
+    """The kind of each latent, from its profile [M, L] (rows sum to 1, or to 0: no kind) and entropy in bits [M]."""
     n_layers = probs.shape[1]
     live = probs.sum(axis=1) > 0
     depth = probs @ np.linspace(0, 1, n_layers)

@@ -1,14 +1,14 @@
-"""What one looks at of a latent: its maximally activating examples at each layer, others drawn at random, the sizes of
-its activations, and whether its top contexts agree between layers.
+"""What one wants to see of a latent: its maximally activating examples at each layer, others drawn at random, the
+histogram of its activations, and whether its top contexts agree between layers.
 
-How: one pass over the codes fills what these need, a second one reads the examples' windows. Text needs the
-tokenizer of the store's model, looked for on this machine only; where it is not found, ids are written, and the reason
-is in summary.json.
+How: one pass over the codes collects what these need, a second one reads the examples' windows. Text needs the
+tokenizer of the store's model, which is looked for on this machine only; if it is not found, token ids are written, and
+the reason is in summary.json.
 
-The sizes of activations are counts in fixed bins, half an octave wide: bin b holds activations from 2^(-5 + b / 2) up
-to the next bin's; the first holds all smaller and the last all larger ones too. Bins are the same for all latents,
-layers and runs, so counts add over tokens and histograms of runs can be laid over each other. Activations are those of
-standardised vectors, so their size is about that of a coordinate of a vector of length sqrt(d_model).
+Histograms have fixed bins, half an octave wide: bin b counts activations from 2^(-5 + b / 2) up to the next bin; the
+first also counts all smaller ones and the last all larger ones. Bins are the same for all latents, layers and runs, so
+counts add over tokens and the histograms of several runs can be compared. Activations are those of standardised
+vectors, so they are about as large as a coordinate of a vector of length sqrt(d_model).
 
 Shapes: M n_latents, L layers, B bins.
 """
@@ -52,14 +52,14 @@ LOWEST = -5
 N_BINS = 24
 
 EDGES: tuple[float, ...] = tuple(2.0 ** (LOWEST + b / 2) for b in range(N_BINS + 1))
-"""Of the bins; the first is open below and the last above."""
+"""Edges of the bins; the first bin is open below and the last above."""
 
 COLUMNS = pa.schema([("latent", pa.int64()), ("layer", pa.int64()), ("counts", pa.list_(pa.int64(), N_BINS))])
-"""histograms.parquet: a row for each latent and layer at which it fired, sorted; layer as the model counts."""
+"""histograms.parquet: a row for each latent and layer at which it fired, sorted; layer: the model's block index."""
 
 
 class LatentViews(NamedTuple):
-    """What is said of them elsewhere than in their own files."""
+    """What goes into other files than their own."""
 
     summary: dict[str, Any]
     """The key `examples` of summary.json."""
@@ -70,7 +70,7 @@ class LatentViews(NamedTuple):
 def view_latents(
     spec: TaskSpec, inputs: Inputs, selection: Selection, table: LatentTable, model: str | None, folder: Path
 ) -> LatentViews:
-    """Look at the latents of the analysed tokens, write the files. model: where it is, if the user said so."""
+    """Examine the latents on the analysed tokens and write the files. model: where it is, if the user said so."""
     tokens, codes, layer_numbers = inputs.store.tokens, partial(codes_again, spec), inputs.layer_numbers
     n_latents, n_layers = table.probs.shape
     n = examples_per_layer(n_latents, n_layers)
@@ -111,7 +111,7 @@ def view_latents(
 
 
 def write_histograms(path: Path, counts: NDArray[np.uint32], layer_numbers: Sequence[int]) -> None:
-    """Write histograms.parquet; `layer_numbers` [L] are the model's block indices. The edges are in the metadata."""
+    """Write histograms.parquet, with the bins' edges in its metadata. layer_numbers [L]: the model's block indices."""
     latent, layer = np.nonzero(counts.any(axis=2))
     rows = pa.FixedSizeListArray.from_arrays(pa.array(counts[latent, layer].astype(np.int64).ravel()), N_BINS)
     columns = [pa.array(latent), pa.array(np.asarray(layer_numbers, np.int64)[layer]), rows]
@@ -121,7 +121,7 @@ def write_histograms(path: Path, counts: NDArray[np.uint32], layer_numbers: Sequ
 
 @compiled()
 def add_counts(counts, values, indices):
-    """Count positive activations by size into counts uint32 [M, L, B]; values and indices (int64) [T, L, k]."""
+    """Add positive activations to the histograms, counts uint32 [M, L, B]; values and indices (int64) [T, L, k]."""
     n_tokens, n_layers, k = values.shape
     last = counts.shape[2] - 1
     for t in range(n_tokens):

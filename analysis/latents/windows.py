@@ -1,10 +1,9 @@
-"""The distinct contexts of each latent, as they are shown and searched: a token at which it is among the most active at
-several layers is one context, with its layers.
+"""The distinct contexts of each latent, as they are shown and searched: a token that is an example at several layers is
+one context, with its layers.
 
-Those that are the strongest of some layer come first, so that few speak for all layers; each by the highest
-activation, then by token. A window is shown from `BEFORE` characters before its token to
-`AFTER` after it, whole tokens only. A token that only continues a character has length 0 and is shown with the token
-that begins it.
+Contexts that are the strongest of some layer come first, so that a few represent all layers; otherwise they are sorted
+by highest activation, then by token. A window reaches from `BEFORE` characters before its token to `AFTER` after it,
+in whole tokens. A token that only continues a character has length 0 and is shown with the token that begins it.
 
 Shapes: R rows of examples.parquet, C contexts, W tokens of all windows. Tested in test_search.py.
 """
@@ -18,24 +17,24 @@ import pyarrow.compute as pc
 
 from analysis.results.tables import read_file, read_table
 
-CONTEXTS = 16  # of a latent, at most
-BEFORE, AFTER = 36, 26  # characters shown around a token, at most
-LEVELS = 36  # of an activation, including 0
+CONTEXTS = 16  # most contexts of a latent
+BEFORE, AFTER = 36, 26  # most characters shown before and after a token
+LEVELS = 36  # levels of activation, including 0
 _ROWS_AT_ONCE = 2**16
 _DIGITS = np.frombuffer(b"0123456789abcdefghijklmnopqrstuvwxyz", np.uint8).astype("<u4")
 
 
 class Context(NamedTuple):
-    """A token at which a latent is strongly active, with what is around it."""
+    """A token at which a latent is strongly active, with the text around it."""
 
-    text: str  # of the window
-    lengths: str  # one character per token of the window, whose code is the token's length plus 48
+    text: str  # text of the window
+    lengths: str  # one character per token of the window; its code is the token's length plus 48
     place: int  # index of the token in the window
-    levels: str  # a digit per token, base 36, for its activation: 35 is the latent's highest; rounded up
-    activation: float  # the highest over the layers, three digits
-    layer: int  # where that is
-    layers: list[int]  # at which the token is among the latent's examples, ascending
-    foremost: bool  # whether it is the strongest of some layer
+    levels: str  # one base-36 digit per token for its activation, rounded up: 35 is the latent's highest
+    activation: float  # the highest over the layers, to three digits
+    layer: int  # the layer of that
+    layers: list[int]  # layers at which the token is among the latent's examples, ascending
+    foremost: bool  # whether it is the strongest example of some layer
 
     @property
     def span(self) -> tuple[int, int]:
@@ -45,7 +44,7 @@ class Context(NamedTuple):
 
 
 def read_contexts(path: Path, most: int = CONTEXTS) -> dict[int, list[Context]]:
-    """By latent its first `most` contexts, from examples.parquet; none without the file."""
+    """The first `most` contexts of each latent, from examples.parquet; none without the file."""
     found: dict[int, list[Context]] = {}
     if not path.is_file() or not (table := read_table(path, columns=_NUMBERS)).num_rows:
         return found
@@ -53,7 +52,7 @@ def read_contexts(path: Path, most: int = CONTEXTS) -> dict[int, list[Context]]:
     order = np.lexsort((layer, -activation, token, latent))  # the rows of a context, the strongest first
     starts = np.flatnonzero(np.r_[True, (np.diff(latent[order]) != 0) | (np.diff(token[order]) != 0)])
     foremost = np.minimum.reduceat(rank[order], starts) == 0
-    head = order[starts]  # [C] of each context the row at its strongest layer
+    head = order[starts]  # [C] the row of each context at its strongest layer
     top = np.maximum.reduceat(activation, np.flatnonzero(np.r_[True, np.diff(latent) != 0]))
     top = np.repeat(top, np.diff(np.flatnonzero(np.r_[True, np.diff(latent) != 0, True])))  # [R]
     place = np.lexsort((token[head], -activation[head], ~foremost, latent[head]))
@@ -74,7 +73,7 @@ _Window = tuple[tuple[str, str, int], str]
 
 
 def _windows_of_rows(path: Path, rows: np.ndarray, top: np.ndarray) -> list[_Window]:
-    """Windows and levels of `rows`, in their order. top: [R] activation of the highest level."""
+    """The windows and levels of `rows`, in that order. top: [R] activation at the highest level."""
     wanted, back = np.unique(rows, return_inverse=True)
     found: list[_Window] = []
     columns, file, start = ["text_token", "marked", "texts", "activations"], read_file(path), 0
@@ -86,12 +85,12 @@ def _windows_of_rows(path: Path, rows: np.ndarray, top: np.ndarray) -> list[_Win
 
 
 def _windows(batch: pa.RecordBatch, top: np.ndarray) -> list[_Window]:
-    """Window and levels of each row, as shown. top: [R] activation of level 35."""
+    """The window and levels of each row, as shown. top: [R] activation at level 35."""
     lists, activations = batch["texts"], batch["activations"]
     if not batch.num_rows:
         return []
     sizes = np.asarray(pc.list_value_length(lists))  # pyright: ignore[reportAttributeAccessIssue]
-    starts = np.cumsum(sizes) - sizes  # [R] of each row's window among all W tokens
+    starts = np.cumsum(sizes) - sizes  # [R] start of each row's window among all W tokens
     marked = starts + np.asarray(batch["marked"])
     tokens = lists.flatten().fill_null("")
     lengths = np.asarray(pc.utf8_length(tokens)).astype(np.int64)  # [W]  # pyright: ignore[reportAttributeAccessIssue]
@@ -112,7 +111,7 @@ def _windows(batch: pa.RecordBatch, top: np.ndarray) -> list[_Window]:
     stop = np.minimum(starts + sizes, np.searchsorted(ends, ends[marked] + AFTER, side="right"))
     values = np.array(activations.flatten().fill_null(0.0), np.float32)
     heads = np.union1d(starts, np.flatnonzero(lengths))
-    values[heads] = np.maximum.reduceat(values, heads)  # with those that continue its characters
+    values[heads] = np.maximum.reduceat(values, heads)  # including tokens that continue its characters
     level = np.ceil(values / np.repeat(top, sizes) * (LEVELS - 1) - 1e-4).clip(0, LEVELS - 1).astype(np.int64)
     length_signs = (lengths + 48).astype("<u4").tobytes().decode("utf-32-le")
     level_signs = _DIGITS[level].tobytes().decode("utf-32-le")
