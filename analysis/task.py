@@ -133,10 +133,8 @@ def codes_again(spec: TaskSpec, needed: NDArray[np.bool_]) -> Iterator[CodeTile]
 
 
 def pca_error(spec: TaskSpec, components: Components, shards: Sequence[int]) -> NDArray[np.float64]:
-    """[L] summed squared error of the PCA baseline, in raw space, on the validation tokens of these shards.
-
-    Vectors are standardised, projected on k components about their mean, and mapped back by their own mean and scale.
-    """
+    """[L] summed squared error of the PCA baseline, in raw space, on these shards' validation tokens: standardised
+    vectors are projected on k components about their mean, and mapped back by their own mean and scale."""
     data = open_data(spec)
     n_layers, d_model = data.shift.shape
     mean, directions = (part.to(data.encoder.dtype) for part in components)  # [D], [k, D]

@@ -130,8 +130,7 @@ class ActivationStore:
 
     def __repr__(self) -> str:
         shape = f"{self.meta.n_tokens:,} tokens x {self.meta.n_layers} layers x {self.meta.d_model}"
-        there = f"{len(self._manifest.lines):,} of {self.meta.n_shards:,} shards"
-        return f"ActivationStore({str(self.path)!r}: {shape}, {self.meta.stored_dtype}, {there})"
+        return f"ActivationStore({str(self.path)!r}: {shape}, {self.meta.stored_dtype})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(ActivationStore.open, partial=True, content_hash=self.content_hash), (str(self.path),)
@@ -142,12 +141,10 @@ class ActivationStore:
     def tokens(self) -> TokenTable:
         """Token ids, documents, positions and the keep mask, each [T]; read once, read-only."""
         tokens = arrays.read_tokens(self.path, self.meta, self._manifest.checksums)
-        if not self._only_kept_shards:
-            return tokens
-        assert self.ring is not None
-        return tokens._replace(
-            keep=tokens.keep & (np.arange(len(tokens.keep)) < self.ring.kept_shards * self.meta.shard_tokens)
-        )
+        if self.ring and self._only_kept_shards:
+            stay = np.arange(len(tokens.keep)) < self.ring.kept_shards * self.meta.shard_tokens
+            tokens = tokens._replace(keep=tokens.keep & stay)
+        return tokens
 
     def missing_shards(self) -> list[int]:
         """Shards that are not in the manifest, ascending."""
@@ -180,9 +177,7 @@ class ActivationStore:
         """Identifies the data: a hash over the config hash and the hashes of the shards that are present; in a rolling
         store, over the config hash alone."""
         digest = xxhash.xxh3_128(self.meta.config_hash.encode())
-        if self.ring:
-            return digest.hexdigest()
-        for shard in sorted(self._manifest.lines):
+        for shard in [] if self.ring else sorted(self._manifest.lines):
             digest.update(f"{shard}:{self.record(shard).xxh3_128};".encode())
         return digest.hexdigest()
 

@@ -90,8 +90,8 @@ class MLSAE(nn.Module):
             self.layer_scale = nn.Buffer(torch.ones(len(config.layers)))  # [L]
 
     def extra_repr(self) -> str:
-        kept = self.config
-        return f"n_latents={kept.n_latents}, d_model={kept.d_model}, k={kept.k}, activation={kept.activation!r}"
+        shown = ("n_latents", "d_model", "k", "activation")
+        return ", ".join(f"{name}={getattr(self.config, name)!r}" for name in shown)
 
     @property
     def weights(self) -> Weights:

@@ -81,8 +81,7 @@ class Findings:
 
     @property
     def without_few(self) -> QualityResult | None:
-        """Quality on the analysed tokens without the few that carry much of a layer's variance; None if there are no
-        such tokens."""
+        """Quality on the analysed tokens without the outlier tokens; None if there are no such tokens."""
         quality = self.sums.quality
         return quality.result(WITHOUT_FEW) if len(quality.n_tokens) > WITHOUT_FEW else None
 

@@ -111,7 +111,7 @@ def test_says_what_it_holds(tmp_path: Path) -> None:
     make_store(tmp_path / "a.zarr", random_activations(2000, 2, 4), chunk_tokens=16, shard_tokens=512)
     found = repr(ActivationStore.open(tmp_path / "a.zarr"))
     path = str(tmp_path / "a.zarr")
-    assert found == f"ActivationStore({path!r}: 2,000 tokens x 2 layers x 4, bfloat16, 4 of 4 shards)"
+    assert found == f"ActivationStore({path!r}: 2,000 tokens x 2 layers x 4, bfloat16)"
 
 
 def test_pickles_as_its_path(tmp_path: Path) -> None:
