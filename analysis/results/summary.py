@@ -222,8 +222,8 @@ def describe_split(found: Findings) -> tuple[dict[str, Any], list[str]]:
         warnings.append(f"Training has not finished: this is step {inputs.checkpoint.trainer.get('step')}.")
     if not found.intervals.variance and found.config.statistics.intervals:
         warnings.append(
-            f"No 95 % intervals: they need {MIN_INTERVAL_GROUPS} groups of documents of about the same size, and "
-            f"{counted(selection.n_documents, 'document')} give {counted(selection.n_groups, 'group')}."
+            f"No 95 % intervals: at least {MIN_INTERVAL_GROUPS} groups of documents of similar size are needed, found "
+            f"{counted(selection.n_documents, 'document')} in {counted(selection.n_groups, 'group')}."
         )
     return {
         "name": split,
