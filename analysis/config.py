@@ -16,7 +16,7 @@ class TokenOptions:
     """Which tokens are analysed."""
 
     split: DocumentSplit = "all"
-    """Which documents: all of them, or those that the checkpoint was trained or validated on."""
+    """Which documents: all, only those that the checkpoint was trained on, or only those held out from training."""
     max_tokens: int | None = None
     """Stop after this many kept tokens of the split, in store order. By default all are analysed. The same limit
     applies to the validation tokens and to the training tokens that PCA is fitted on."""
@@ -30,8 +30,8 @@ class StatisticsOptions:
     """How numbers are computed, and what they are compared with."""
 
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    """Number format of the encoder's product. float32 gives the same numbers on every CPU; bfloat16 is several times
-    faster on hardware that supports it. Sums are always in float64, on the CPU."""
+    """Number format for encoding. float32 gives the same numbers on every CPU up to rounding; bfloat16, for the
+    encoder's product only, is several times faster on hardware that supports it. Sums are always in float64."""
     device: str = "auto"
     """Where vectors are encoded: cpu, cuda, cuda:1, ...; auto: CUDA if there is one."""
     pca: bool = True

@@ -169,7 +169,7 @@ class HarvestConfig:
     attention sinks in mid-sequence. Runs the model twice. A usual value is 10."""
     batch_size: int | None = None
     """Sequences in a forward pass; default: as many as fit in 256 MiB of stored vectors and in 8192 tokens (1024
-    on a CPU). Another size may change the last bits, so the size is recorded, and a continued store keeps it."""
+    on a CPU), at least one. The size may change the last bits, so it is recorded, and a continued store keeps it."""
     device_map: Literal["auto"] | None = None
     """auto: spread a model that is larger than one GPU over all GPUs, and the rest over memory and disk (slow). Needs
     accelerate."""

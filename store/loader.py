@@ -1,4 +1,4 @@
-"""WindowLoader: batches of rows, shuffled over the whole store, within a fixed amount of memory.
+"""WindowLoader: batches of rows, shuffled in windows from all over the store, within a fixed amount of memory.
 
 How: `RowOrder` (shuffle.py) decides which blocks make up each window, and the order in which their rows are served. A
 background thread reads the next window into one of two buffers (its blocks in parallel, each checked against its
@@ -25,7 +25,7 @@ from store.activations import ActivationStore
 from store.dtypes import STORAGE_DTYPE
 from store.shuffle import RowOrder, chunk_row_counts
 
-DEFAULT_WINDOW_BYTES = 256 * 1024 * 1024
+DEFAULT_WINDOW_BYTES = 256 * 1024 * 1024  # `train` has its own default
 _POLL_SECONDS = 0.02
 
 

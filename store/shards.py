@@ -6,10 +6,10 @@ then the index's crc32c. All numbers are little-endian. Our writer puts the chun
 those beyond the last token; the reader takes them from wherever the index says, so it also reads what zarr wrote.
 
 The file of another shard or store passes its own checksums. So a file is first checked against its manifest line
-(`require_own`): by its hash, or, with many layers, by the sums of the norms at two of them. That takes 1 s for a GB of
-these layers, the hash 0.25 s for a GB of the file. One layer would not do: a lens does not change the last layer, and
-further training of only the later blocks does not change the first. The checksums of all the file's chunks are then
-kept in memory, and later reads are checked against them, whichever file has the name by then.
+(`require_own`): by its hash, or, with many layers, by the sums of the norms at the middle and the last layer. That
+takes 1 s for a GB of these layers, the hash 0.25 s for a GB of the file. Neither layer alone would do: a lens leaves
+the last one unchanged, training only later blocks the middle one. The checksums of all the file's chunks are
+then kept in memory, and later reads are checked against them, whichever file has the name by then.
 
 A shard is first put on the disk: its file and its moments, under temporary names, synced (`ShardFiles`). Then it is
 committed, each step durable before the next begins: both files get their names; the manifest gets its line. Readers

@@ -143,7 +143,8 @@ class OptimizerConfig:
     encoder_scale: float | None = None
     """The encoder starts as the decoder times this; default: the recipe's, 0.1 in most runs and at most 0.4."""
     encoder_lr: float | None = None
-    """Learning rate of W_enc as a multiple of --lr; default: the recipe's, a third with up to 4,608 latents."""
+    """Learning rate of W_enc as a multiple of --lr; default: the recipe's, a third with up to 4,608 latents and 1e6
+    vectors, more with larger dictionaries, less in longer runs."""
     second_moment: SecondMoment | None = None
     """What Adam keeps a mean squared gradient for: each weight, or each latent (in the encoder as though all inputs
     had one variance), which halves the optimiser's memory; default: the recipe's, latent."""

@@ -4,7 +4,7 @@ One autoencoder is shared by all layers (Lawson et al. 2025, section 3). Each re
 on its own or by its layer, then
 
     z = W_enc (x_std - b_pre) + b_enc   h = the active ones of z: the k largest, or as the variant chooses
-    x_hat_std = W_dec^T h + b_pre       x_hat = x_hat_std * (std + eps) + mean
+    x_hat_std = W_dec^T h + b_pre       x_hat = x_hat_std * std + mean
 
 Both weights are [n_latents, d_model]: a latent is a row of each. Encoding holds a tile of pre-activations at a time.
 

@@ -1,9 +1,8 @@
 """One autoencoder in training: its weights, optimiser, counters, metrics file and checkpoint.
 
-A step is a function of the weights, the optimiser's moments, the counters of dead latents and the batch: all but the
-batch are in the checkpoint. The last checkpoint drops the moments, half or more of its size, because the learning rate
-has decayed to its end and no step follows. Not here: where batches come from, and which runs share them (`train.run`).
-Tested in test_run.py.
+A step is a function of its number, the weights, the optimiser's moments, the counters of dead latents, the statistics
+of the data and the batch: all but the batch are in the checkpoint. The last one drops the moments, because no step
+follows. Not here: where batches come from, and which runs share them (`train.run`). Tested in test_run.py.
 """
 
 import contextlib

@@ -23,10 +23,10 @@ from torch import Tensor
 
 
 class SparseCodes(NamedTuple):
-    """The k largest pre-activations of each row, after ReLU."""
+    """The active latents of each row; for TopK, the k largest pre-activations after ReLU."""
 
     values: Tensor
-    """[N, k], >= 0; zero where the pre-activation was not positive."""
+    """[N, k], >= 0; zero in places that hold no active latent."""
     indices: Tensor
     """int64 [N, k], the latents; distinct within a row."""
 

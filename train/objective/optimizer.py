@@ -11,7 +11,7 @@ latent finds its scale in two ways at once. The update of one row: `train.kernel
 
 Adam keeps its mean squares for each weight or for each latent: the gradients of a latent share their scale, and a
 single weight gets few gradients if its latent is rarely active. The encoder's gradients are sums of inputs, and are
-first divided by the roots of the inputs' variances. This is Adafactor (Shazeer & Stern 2018) with fixed columns.
+first divided by the root mean squares of the inputs. This is Adafactor (Shazeer & Stern 2018) with fixed columns.
 
 Shapes: D d_model, M n_latents.
 """
@@ -53,7 +53,7 @@ class SphereAdam:
         variance: Tensor | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        """encoder_lr: W_enc's rate over lr; variance: [D] of the encoder's inputs, for mean squares by latent."""
+        """encoder_lr: W_enc's rate over lr; variance: [D] mean squares of its inputs, to keep one for each latent."""
         self._kernels, self._betas, self._encoder_lr, self._ranks = kernels, betas, encoder_lr, ranks
         self.weights = sae.weights
         """The autoencoder's own tensors, which `step` changes in place."""

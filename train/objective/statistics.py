@@ -17,10 +17,10 @@ from train.model import TOO_LONG, standardize, standardize_by_layer
 from train.model_config import Standardize
 
 DENOMINATOR_VECTORS = 2**16
-"""Most vectors that the denominators are taken over: with 30 layers, two thousand of each."""
+"""Vectors for the denominators, in whole batches: with 30 layers, two thousand of each."""
 
 MEDIAN_VECTORS = 2**15
-"""Most vectors that the geometric median is taken over."""
+"""Most vectors for the geometric median."""
 
 _LONGEST, _LARGEST = 1e18, 1e12
 """Limits of the distance from the mean: float32 holds the square of the first, and products of some like the second."""
@@ -129,7 +129,7 @@ def statistics_of(views: Iterable[View], data: TrainingData, window_bytes: int) 
 
 
 def gather(views: Iterable[View], batches: Iterable[Vectors]) -> dict[View, FixedStatistics]:
-    """The statistics of each view, from the first `DENOMINATOR_VECTORS` vectors, read once for all of them; raises
+    """The statistics of each view, from batches with `DENOMINATOR_VECTORS` vectors, read once for all of them; raises
     `IncompatibleError` naming a layer whose vectors are all equal or not finite."""
     sums = [_Sums(view) for view in views]
     seen = 0

@@ -13,8 +13,8 @@ Backward, with G = d loss / d x_hat = -2 c e and g = <G, W_dec[i]> where v > 0:
     d W_dec[j] = sum of v G over the pairs of latent j        d W_enc[j] = sum of g (x - b_pre) over them
     d b_enc[j] = sum of g over them                           d b_pre    = sum_n G_n  -  sum_j d b_enc[j] W_enc[j]
 
-The second term of d b_pre comes from the encoder's centring, and is absent without it. AuxK adds its own pairs to
-the same sums: its latents come from the same pre-activations, so they train the encoder as the main ones do.
+The second term of d b_pre comes from the encoder's centring: it is there without a trained b_enc too, but absent
+without centring. AuxK adds its own pairs to the same sums, so its latents train the encoder as the main ones do.
 
 Shapes: N rows, D d_model, M n_latents, k active latents per row, A dead latents.
 """
